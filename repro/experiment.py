@@ -14,22 +14,15 @@ SCALES = ("tiny", "mini", "paper")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Complete hyper-parameters of one method on one data set at one scale. A scale changes these numbers only."""
+    """Complete hyper-parameters of one method on one data set at one scale. A scale changes these numbers only.
+
+    What every paper has; each kind of supervision adds its own fields. Defaults are FixMatch's.
+    """
 
     method: Any = None  # the method's own settings, a frozen dataclass
-    # network
-    network: str = hyper("wrn-28-2", source="a name of models.wide_resnet")
-    variant: str = hyper("usb", source="which toolbox's wide ResNet", choices=("usb", "torchssl", "kekmodel", "ups"))
-    discard_bn: bool = hyper(True, source="the toolboxes' quirk; see models.wide_resnet")
-    dropout: float = hyper(0.0, "p", source="rate inside blocks", low=0, high=0.95)
-    bn_momentum: float = hyper(0.001, source="USB, TorchSSL", low=1e-6, high=1)
-    # data and views
+    network: str = hyper("wrn-28-2", source="a name of models.wide_resnet or, for masks, models.resnet")
     batch: int = hyper(64, "B", source="FixMatch", low=1)
     unlabelled_ratio: int = hyper(7, "mu", source="FixMatch; ComMatch states 5", low=1)
-    strong: str = hyper("randaugment-usb", source="a flavour of data.augment")
-    flip: bool = hyper(True, source="horizontal flip; wrong for digits")
-    holdout: int = hyper(0, source="ours: labelled images a class kept out of the pool to fit a temperature", low=0)
-    padding: int = hyper(4, source="reflect padding before the random crop, pixels", low=0)
     # optimisation
     steps: int = hyper(2**20, source="FixMatch; of each stage", low=1)
     epoch_steps: int = hyper(1024, source="USB calls this an epoch", low=1)
@@ -56,10 +49,41 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class LabelRecipe(Recipe):
+    """A recipe for classification from few labels."""
+
+    variant: str = hyper("usb", source="which toolbox's wide ResNet", choices=("usb", "torchssl", "kekmodel", "ups"))
+    discard_bn: bool = hyper(True, source="the toolboxes' quirk; see models.wide_resnet")
+    dropout: float = hyper(0.0, "p", source="rate inside blocks", low=0, high=0.95)
+    bn_momentum: float = hyper(0.001, source="USB, TorchSSL", low=1e-6, high=1)
+    strong: str = hyper("randaugment-usb", source="a flavour of data.augment")
+    flip: bool = hyper(True, source="horizontal flip; wrong for digits")
+    holdout: int = hyper(0, source="ours: labelled images a class kept out of the pool to fit a temperature", low=0)
+    padding: int = hyper(4, source="reflect padding before the random crop, pixels", low=0)
+
+
+@dataclass(frozen=True)
+class MaskRecipe(Recipe):
+    """A recipe for segmentation from few masks. Defaults are CSL's on Pascal (released configuration)."""
+
+    output_stride: int = hyper(8, source="CSL; UniMatch 16. resnet-mini, of half the strides, has half", choices=(8, 16))
+    weights: str = hyper("pretrained", source="ImageNet, or a stand-in at mini; `scratch`, a file or a hub id")
+    crop: int = hyper(321, source="UniMatch, CSL; 801 on Cityscapes", low=16)
+    scale_low: float = hyper(0.5, source="UniMatch, CSL: smallest long side of a training view", low=0.05)
+    scale_high: float = hyper(2.0, source="UniMatch, CSL: largest long side of a training view", low=0.05)
+    labelled_loss: str = hyper("ce", source="UniMatch, CSL: OHEM on Cityscapes", choices=("ce", "ohem"))
+    head_factor: float = hyper(10.0, source="learning rate outside the backbone; 1 on Cityscapes", low=0)
+    window: int = hyper(0, source="side of the evaluation's sliding window, 801 on Cityscapes; 0: whole images", low=0)
+    images: int = hyper(0, source="ours: training images of the embedded scenes; 0 for published sets", low=0)
+    tests: int = hyper(0, source="ours: test images of the embedded scenes; 0 for published sets", low=0)
+    lists: str = hyper("own", source="published lists of Pascal's blended splits", choices=("own", "u2pl"))
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One cell of a table: paper, method, data set, label budget, seed, scale, and changed settings.
 
-    labels: number of labelled images. seed: of the labelled subset, the weights and the order of samples.
+    labels: number of labelled images, or of masks. seed: of the labelled subset, the weights and the order of samples.
     overrides: ((name, value), ...) or a dict, each a field of `Recipe` or of the method's settings.
     """
 
@@ -119,7 +143,7 @@ def resolve(experiment: Experiment) -> Recipe:
     from repro.papers import PAPERS
 
     recipe = PAPERS[experiment.paper].recipe(experiment.method, experiment.data, experiment.labels, experiment.scale)
-    of_recipe = {field.name for field in dataclasses.fields(Recipe)} - {"method"}
+    of_recipe = {field.name for field in dataclasses.fields(recipe)} - {"method"}
     of_method = {field.name for field in dataclasses.fields(recipe.method)}
     for name, _ in experiment.overrides:
         if name not in of_recipe | of_method:

@@ -17,7 +17,7 @@ from IPython.display import HTML, Code, DisplayHandle, Markdown, display
 from pandas.io.formats.style import Styler
 
 from repro import batch, claims, plots, report, runs, tables
-from repro.experiment import SCALES, Experiment, Recipe, resolve
+from repro.experiment import SCALES, Experiment, resolve
 from repro.grids import CALIBRATED, Column, Row
 from repro.methods.few_labels import METHODS
 from repro.papers import PAPERS
@@ -90,7 +90,7 @@ def one_run(
         runs.choose_device(device)
     except (RuntimeError, ValueError) as error:
         raise SettingError(f"device is {device!r}; it must be auto, cpu, cuda, cuda:1 ... ({error})") from error
-    overrides, shared = _overrides(fields.pop("overrides")), set(_RECIPE)
+    overrides = _overrides(fields.pop("overrides"))
     if base is not None:
         if fields["method"] == "calibratemix":
             overrides = {"base": base} | overrides
@@ -98,6 +98,7 @@ def one_run(
     experiment = Experiment(**fields, overrides=tuple(overrides.items()))
     other = None
     if beside:
+        shared = {field.name for field in dataclasses.fields(resolve(experiment))}
         if base is not None and beside in METHODS:
             shared |= {field.name for field in dataclasses.fields(METHODS[beside].Settings)}
         theirs = tuple((name, value) for name, value in overrides.items() if name in shared)
@@ -131,9 +132,6 @@ def _scale(scale: str) -> str:
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     return scale
-
-
-_RECIPE = {field.name for field in dataclasses.fields(Recipe)}
 
 
 def check_names(known: Iterable[str], cells: Iterable[str] | None = None) -> None:

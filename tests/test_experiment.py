@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repro import papers
-from repro.experiment import Experiment, Recipe, from_record, record, resolve, run_id
+from repro.experiment import Experiment, LabelRecipe, Recipe, from_record, record, resolve, run_id
 from repro.settings import SettingError
 
 BASE = Experiment("commatch", "fixmatch", "fashion", 100, 0, "tiny")
@@ -136,7 +136,7 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Recipe) if field.name != "method"])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(LabelRecipe) if field.name != "method"])
 def test_every_field_of_the_recipe_is_in_the_id(name):
     value = getattr(resolve(BASE), name)
     other = OTHER.get(name, {bool: True, int: 7, float: 0.123, str: ""}[type(value)])

@@ -91,10 +91,10 @@ def test_describe_has_a_row_a_field():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_of_a_method_can_be_overridden_without_ambiguity(name):
     """An override names a field of the recipe or of the method: no name may mean both, or belong to the record."""
-    from repro.experiment import Experiment, Recipe
+    from repro.experiment import Experiment, LabelRecipe
 
     settings = METHODS[name].Settings()
-    taken = {field.name for field in (*dataclasses.fields(Recipe), *dataclasses.fields(Experiment))}
+    taken = {field.name for field in (*dataclasses.fields(LabelRecipe), *dataclasses.fields(Experiment))}
     assert not taken & {field.name for field in dataclasses.fields(settings)}
     hashable = {type(value) for value in dataclasses.asdict(settings).values()}
     assert hashable <= {int, float, bool, str}, "the command line and papermill cannot pass anything else"

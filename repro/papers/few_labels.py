@@ -1,6 +1,6 @@
 """Recipes that the semi-supervised classification papers share: FixMatch's, at three scales.
 
-`paper` numbers come from FixMatch, USB and TorchSSL as noted in `experiment.Recipe`; `mini` and `tiny` shrink
+`paper` numbers come from FixMatch, USB and TorchSSL as noted in `experiment.LabelRecipe`; `mini` and `tiny` shrink
 the network, the batch and the number of steps so that a run takes about a minute, or seconds, on two CPU
 cores.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from repro.data import splits
 from repro.data.augment import STRONG
 from repro.data.images import SOURCES
-from repro.experiment import Recipe
+from repro.experiment import LabelRecipe, Recipe
 from repro.grids import Column, Row
 from repro.methods.few_labels import METHODS
 from repro.models.wide_resnet import LAYOUTS
@@ -89,7 +89,7 @@ def recipe(method: str, data: str, labels: int, scale: str, **paper: Any) -> Rec
     paper: fields that a paper states differently (ComMatch: `unlabelled_ratio=5`), applied at every scale.
     """
     source = SOURCES[data]
-    base = Recipe(
+    base = LabelRecipe(
         method=METHODS[method].Settings(),
         network=PAPER_NETWORK[data],
         padding=source.shape[1] // 8,

@@ -1,7 +1,5 @@
 """Semi-supervised classification as a task: data, network, views and method of an experiment, and what is measured."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,35 +9,17 @@ from repro.calibration import fit_temperature
 from repro.data import images, splits
 from repro.data.augment import Views
 from repro.evaluation import PseudoLabelMonitor, measure, predict
-from repro.experiment import Experiment, Recipe
+from repro.experiment import Experiment, LabelRecipe
 from repro.methods.few_labels import METHODS
 from repro.models.modes import stochastic_probs
 from repro.models.wide_resnet import wide_resnet
-from repro.training import Method
+from repro.training import Task
 
 SHOWN = 1000  # unlabelled images whose predictions a run keeps for figures and the explorer
 SHOWN_PASSES = 10
 
 
-@dataclass(frozen=True)
-class Task:
-    """Everything that one run needs, on its device.
-
-    The loop's arguments, the arrays to keep at its end (`outputs` of the EMA network), and further metrics that follow
-    from those arrays (`after`).
-    """
-
-    method: Method
-    pool: splits.Pool
-    monitor: PseudoLabelMonitor
-    generators: dict[str, torch.Generator]
-    evaluate: Callable[[nn.Module], dict]
-    outputs: Callable[[nn.Module], dict[str, Tensor]]
-    after: Callable[[dict[str, Tensor]], dict]
-    data_digest: str
-
-
-def prepare(experiment: Experiment, recipe: Recipe, device: torch.device, data_root: Path | None = None) -> Task:
+def prepare(experiment: Experiment, recipe: LabelRecipe, device: torch.device, data_root: Path | None = None) -> Task:
     """Load the data, draw the labelled subset, build the seeded network and method. Raises DataError, SettingError."""
     source = images.SOURCES[experiment.data]
     pool, truth = splits.open_pool(experiment.split, data_root)
