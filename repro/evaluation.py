@@ -7,8 +7,11 @@ from torch import Tensor, nn
 
 from repro.calibration import all_metrics
 from repro.data.augment import Views
-from repro.reliability import ReliabilitySums
-from repro.training import PseudoLabels
+from repro.data.masks import IGNORE
+from repro.metrics import METRICS
+from repro.models.modes import evaluating
+from repro.reliability import ReliabilitySums, group_sums
+from repro.training import PixelLabels, PseudoLabels
 
 REPORTING = ("last", "median20", "best")
 
@@ -16,13 +19,8 @@ REPORTING = ("last", "median20", "best")
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor, views: Views, batch: int = 1000) -> Tensor:
     """Logits (n, K) in float32 on the host of images (n, C, H, W) uint8, in eval mode; all modes are restored."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with evaluating(network):
         logits = [network(views.plain(images[i : i + batch])).float() for i in range(0, max(1, len(images)), batch)]
-    finally:
-        for module, training in modes:
-            module.training = training
     return torch.cat(logits).cpu()
 
 
@@ -81,12 +79,88 @@ class PseudoLabelMonitor:
             self.of(kind).load_state_dict(saved)
 
 
-def report(evaluations: list[dict], rule: str = "last", weights: str = "ema") -> dict:
+RANGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)  # of confidence, (lo, hi]
+
+
+class PixelMonitor:
+    """Coverage, accuracy, confidence and ECE of the pseudo-labels of pixels, in all and by range of confidence.
+
+    truth: (N, H, W) uint8 hidden masks by pool index, 255 where unknown; None where even the report has none: then
+    only what needs no truth is told. Padding counts for nothing. Sums stay on the device until `read`.
+    """
+
+    def __init__(self, truth: Tensor | None, device: torch.device | str = "cpu", bins: int = 15) -> None:
+        self.truth, self.bins = truth, bins
+        device = device if truth is None else truth.device
+        self.device, self.sums = torch.device(device), {}
+        self.inner = torch.tensor(RANGES[1:-1], device=self.device)
+
+    def of(self, kind: str) -> nn.ModuleDict:
+        """The sums of one kind of pseudo-label, made at its first use."""
+        if kind not in self.sums:
+            sums = nn.Module()
+            # rows: pixels, weight; of known truth: pixels, right ones, weight, weight of right ones
+            sums.register_buffer("ranges", torch.zeros(6, len(RANGES) - 1, dtype=torch.float64))
+            parts = {"known": ReliabilitySums(self.bins), "sums": sums}
+            self.sums[kind] = nn.ModuleDict(parts).to(self.device)
+        return self.sums[kind]
+
+    @torch.no_grad()
+    def observe(self, pseudo: dict[str, PixelLabels]) -> None:
+        """Add one step's pseudo-labels."""
+        for kind, pixels in pseudo.items():
+            if self.truth is None:
+                truth = torch.full_like(pixels.label, IGNORE)
+            else:
+                truth = pixels.window.maps(self.truth[pixels.index], IGNORE).long()
+            confidence, correct = pixels.confidence.flatten(), (pixels.label == truth).flatten()
+            valid = pixels.valid.flatten()
+            weight = pixels.weight.flatten().float() * valid
+            known = (truth != IGNORE).flatten() & valid
+            rows = (valid, weight, known, correct & known, weight * known, weight * (correct & known))
+            place = torch.bucketize(confidence, self.inner)
+            sums = self.of(kind)
+            sums["sums"].ranges += group_sums(place, len(RANGES) - 1, *rows)
+            sums["known"].add(confidence, correct, weight * known)
+
+    def read(self) -> dict[str, dict]:
+        """By kind: coverage, accuracy, confidence, ece since the last call, and the same by `ranges`."""
+        told = {}
+        for kind, sums in self.sums.items():
+            rows = sums["sums"].ranges.to("cpu", copy=True)
+            sums["sums"].ranges.zero_()
+            pixels, weight, known, right, known_weight, right_weight = rows
+            shares = {
+                "share": pixels / pixels.sum(), "coverage": weight / pixels, "accuracy": right_weight / known_weight,
+                "all_accuracy": right / known,
+            }  # fmt: skip
+            overall = sums["known"].read() | {"coverage": _number(weight.sum() / pixels.sum())}
+            ranges = {name: [_number(value) for value in values] for name, values in shares.items()}
+            told[kind] = overall | {"ranges": {"edges": list(RANGES)} | ranges}
+        return told
+
+    def state_dict(self) -> dict:
+        """The sums so far, for a checkpoint."""
+        return {kind: dict(sums.state_dict()) for kind, sums in self.sums.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict`."""
+        for kind, saved in state.items():
+            self.of(kind).load_state_dict(saved)
+
+
+def _number(value: Tensor) -> float | None:
+    return None if value.isnan() else value.item()
+
+
+def report(evaluations: list[dict], rule: str = "last", weights: str = "ema", metric: str = "error") -> dict:
     """Metrics of a run under a reporting rule.
 
     evaluations: the history's rows of kind `evaluation`. rule: `last`; `median20` (median of the last 20 evaluations,
-    FixMatch paper); `best` (lowest error over training, USB and TorchSSL: selected on test, and marked so).
-    weights: `ema` or `live`.
+    FixMatch paper); `best` (the first best `metric` over training: USB and TorchSSL, the lowest error; UniMatch and
+    CSL, the highest mIoU: selected on test, and marked so).
+    weights: `ema` or `live`. metric: a key of `metrics.METRICS`, which says whether lower is better. Where it is
+    undefined (None) an evaluation cannot be best; medians are of the defined values.
     """
     rows = [row[weights] for row in evaluations]
     if not rows:
@@ -94,8 +168,10 @@ def report(evaluations: list[dict], rule: str = "last", weights: str = "ema") ->
     if rule == "last":
         return rows[-1]
     if rule == "best":
-        return min(rows, key=lambda row: row["error"]) | {"selected_on_test": True}
+        sign = 1 if METRICS[metric].lower else -1
+        defined = [row for row in rows if row[metric] is not None] or rows[-1:]
+        return min(defined, key=lambda row: sign * (row[metric] or 0.0)) | {"selected_on_test": True}
     if rule == "median20":
-        scalars = [name for name, value in rows[-1].items() if isinstance(value, float)]
-        return {name: statistics.median(row[name] for row in rows[-20:]) for name in scalars}
+        values = {name: [row[name] for row in rows[-20:] if isinstance(row[name], float)] for name in rows[-1]}
+        return {name: statistics.median(defined) for name, defined in values.items() if defined}
     raise ValueError(f"unknown reporting rule {rule!r}; known: {', '.join(REPORTING)}")

@@ -30,7 +30,7 @@ from repro.experiment import Experiment, Recipe, record, resolve, run_id
 from repro.history import History
 from repro.papers import PAPERS
 from repro.settings import SettingError
-from repro.training import CHECKPOINT, Interrupted, seed_everything, train
+from repro.training import CHECKPOINT, MOMENTS, Interrupted, seed_everything, train
 
 PACKAGES = ("torch", "numpy", "pandas", "datasets", "pyarrow", "scipy", "pillow", "safetensors")
 
@@ -90,14 +90,14 @@ def _execute(experiment, folder, data_root, device, on_step) -> dict:
         started, origin = time.monotonic(), provenance(device, recipe)
         network, history = train(
             task.method, task.pool, recipe, folder, seed=experiment.seed, evaluate=task.evaluate, monitor=task.monitor,
-            generators=task.generators, on_step=on_step,
+            generators=task.generators, moments=task.moments, on_step=on_step,
         )  # fmt: skip
         outputs = task.outputs(network)
         save_state(folder / "outputs.safetensors", outputs)
         with atomic_path(folder / "weights.safetensors") as part:
             state = {key: value.contiguous().cpu() for key, value in network.state_dict().items()}
             save_file(state, part, metadata={"run": folder.name, "weights": "EMA"})
-        reported = summary(history)
+        reported = summary(history, PAPERS[experiment.paper].HEADLINES[0])
         reported["last"]["ema"] = reported["last"]["ema"] | task.after(outputs)
         metrics = saved | {
             "run": folder.name,
@@ -130,11 +130,17 @@ def load_outputs(folder: Path) -> dict[str, torch.Tensor]:
     return load_state(Path(folder) / "outputs.safetensors")
 
 
-def summary(history: History) -> dict:
-    """Metrics by reporting rule (last, median20, best) and weights (ema, live)."""
+def load_moments(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """Step -> the arrays that a run kept at that evaluation, in rising order; {} where its method keeps none."""
+    found = {int(path.stem): path for path in (Path(folder) / MOMENTS).glob("*.safetensors")}
+    return {step: load_state(found[step]) for step in sorted(found)}
+
+
+def summary(history: History, metric: str) -> dict:
+    """Metrics by reporting rule (last, median20, best by `metric`) and weights (ema, live)."""
     rows = history.of("evaluation")
     return {
-        rule: {weights: evaluation.report(rows, rule, weights) for weights in ("ema", "live")}
+        rule: {weights: evaluation.report(rows, rule, weights, metric) for weights in ("ema", "live")}
         for rule in evaluation.REPORTING
     }
 
@@ -278,4 +284,4 @@ def _finite(value):
 
 
 __all__ = ["Interrupted", "RunBusy", "execute", "folder_of", "is_finished", "load_history", "load_metrics",
-           "load_outputs", "runs_folder"]  # fmt: skip
+           "load_moments", "load_outputs", "runs_folder"]  # fmt: skip

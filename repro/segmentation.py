@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repro.data.masks import IGNORE
+from repro.models.modes import evaluating
 from repro.reliability import ReliabilitySums
 
 BAND = 0.02  # width of boundary IoU's band as a share of the image's diagonal (Cheng et al., 2021)
@@ -286,17 +287,12 @@ def evaluate(
     Source: released code (UniMatch, CSL): single scale, no flip.
     """
     sums: SegmentationSums | None = None
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with evaluating(network):
         for images, truth in batches:
             if sums is None:
                 sums = SegmentationSums(classes, bins, ignore, boundaries).to(images.device)
             whole = window is None
             sums.add(whole_image(network, images) if whole else sliding_window(network, images, window), truth)
-    finally:
-        for module, training in modes:
-            module.training = training
     if sums is None:
         raise ValueError("there is no image to evaluate: `batches` is empty")
     return sums.read()

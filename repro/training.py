@@ -24,7 +24,8 @@ from repro import optimisation
 from repro.checkpoints import load_state, save_state
 from repro.history import History
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, MOMENTS = "checkpoint.safetensors", "moments"
+MOMENTS_KEPT = 10
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -37,7 +38,10 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Items:
-    """Samples of one stream: pool indices (n,), images (n, C, H, W) uint8, labels (n, ...) (-1: hidden)."""
+    """Samples of one stream: pool indices (n,), images (n, C, H, W) uint8, labels (n, ...), hidden ones -1.
+
+    Of masks: labels (n, H, W) uint8, 255 where hidden or void.
+    """
 
     index: Tensor
     images: Tensor
@@ -76,11 +80,27 @@ class PseudoLabels:
 
 
 @dataclass(frozen=True)
+class PixelLabels:
+    """Pseudo-labels of the pixels of crops, for reporting against hidden masks.
+
+    index: (B,) pool indices. label: (B, S, S) classes. weight: (B, S, S) in [0, 1] or bool. confidence: (B, S, S).
+    valid: (B, S, S) bool, not padding. window: a `data.mask_views.Window`, which moves hidden masks to the crops.
+    """
+
+    index: Tensor
+    label: Tensor
+    weight: Tensor
+    confidence: Tensor
+    valid: Tensor
+    window: Any
+
+
+@dataclass(frozen=True)
 class Losses:
     """Named loss terms, already weighted (the total is their sum), and the pseudo-labels behind them by kind."""
 
     terms: dict[str, Tensor]
-    pseudo: dict[str, PseudoLabels] = field(default_factory=dict)
+    pseudo: dict[str, PseudoLabels] | dict[str, PixelLabels] = field(default_factory=dict)
 
 
 class Method(nn.Module):
@@ -121,10 +141,29 @@ class Method(nn.Module):
 class Monitor(Protocol):
     """Measures pseudo-labels against hidden labels on the device; `read` copies to the host once and resets."""
 
-    def observe(self, pseudo: dict[str, PseudoLabels]) -> None: ...
+    def observe(self, pseudo: dict) -> None: ...
     def read(self) -> dict[str, dict[str, float]]: ...
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> object: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that one run needs, on its device.
+
+    The loop's arguments, the arrays to keep at its end (`outputs` of the EMA network), and further metrics that follow
+    from those arrays (`after`).
+    """
+
+    method: Method
+    pool: Any
+    monitor: Monitor
+    generators: dict[str, torch.Generator]
+    evaluate: Callable[[nn.Module], dict]
+    outputs: Callable[[nn.Module], dict[str, Tensor]]
+    after: Callable[[dict[str, Tensor]], dict]
+    data_digest: str
+    moments: Callable[[nn.Module], dict[str, Tensor]] | None = None
 
 
 class IndexStream:
@@ -171,6 +210,7 @@ def train(
     evaluate: Callable[[nn.Module], dict],
     monitor: Monitor | None = None,
     generators: dict[str, torch.Generator] | None = None,
+    moments: Callable[[nn.Module], dict[str, Tensor]] | None = None,
     on_step: Callable[[int, int, dict], None] | None = None,
 ) -> tuple[nn.Module, History]:
     """Train `method` on `pool` and return the EMA network and the history.
@@ -180,10 +220,12 @@ def train(
     recipe: the fields of `experiment.Recipe` read here: steps, optimisation, measurement and execution.
     folder: the run folder; a checkpoint in it is continued, bit-identically on the CPU.
     evaluate: network -> metrics, called for live and EMA weights every `eval_every` steps and at the end.
+    moments: network -> arrays that show how training went, of the live network, ten times at most; written to
+        `moments/<step>.safetensors` at an evaluation.
     on_step: called as (steps done, steps in all, last row) whenever history is flushed.
     Raises NonFiniteLoss, Interrupted (after saving), CorruptFile (checkpoint).
     """
-    loop = _Loop(method, pool, recipe, Path(folder), seed, evaluate, monitor, generators or {}, on_step)
+    loop = _Loop(method, pool, recipe, Path(folder), seed, evaluate, monitor, generators or {}, moments, on_step)
     with _stop_requests() as stop:
         loop.run(stop)
     return loop.ema.network, loop.history
@@ -192,10 +234,10 @@ def train(
 class _Loop:
     """State of one call of `train`; methods below are its phases, in order."""
 
-    def __init__(self, method, pool, recipe, folder, seed, evaluate, monitor, generators, on_step) -> None:
+    def __init__(self, method, pool, recipe, folder, seed, evaluate, monitor, generators, moments, on_step) -> None:
         self.method, self.pool, self.recipe, self.folder = method, pool, recipe, folder
         self.seed, self.evaluate, self.monitor, self.on_step = seed, evaluate, monitor, on_step
-        self.generators = generators
+        self.generators, self.moments = generators, moments
         self.stage_steps = method.stages(recipe.steps)
         self.total = sum(self.stage_steps)
         self.history = History(folder)
@@ -281,13 +323,19 @@ class _Loop:
             self.flush()
         if evaluating:
             live = self.evaluate(self.method.network)
+            if self.moments is not None and self.is_moment():
+                save_state(self.folder / MOMENTS / f"{self.done}.safetensors", self.moments(self.method.network))
             self.method.train()
-            self.history.append(
-                {"kind": "evaluation", "step": self.done, "live": live, "ema": self.evaluate(self.ema.network)}
-            )
+            ema = self.evaluate(self.ema.network) if recipe.ema else live
+            self.history.append({"kind": "evaluation", "step": self.done, "live": live, "ema": ema})
             self.clock, self.clock_step = time.monotonic(), self.done
         if saving or stopping:
             self.save()
+
+    def is_moment(self) -> bool:
+        """Whether this evaluation is the first after a tenth of the steps, so that a run keeps ten moments at most."""
+        before = max(0, self.done - self.recipe.eval_every)
+        return self.done * MOMENTS_KEPT // self.total > before * MOMENTS_KEPT // self.total
 
     def terms_on_host(self) -> list[tuple[int, dict[str, float]]]:
         """The loss terms since the last flush, (step, terms) each, in one copy; raises NonFiniteLoss."""

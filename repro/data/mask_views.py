@@ -100,7 +100,6 @@ class MaskViews(nn.Module):
     scale: range of the long side relative to the image's; (1, 1) where a loader has scaled and cropped
     flip: whether half of the crops are mirrored
     strong, mild: colour operations of the strong views, and of CSL's masked view when it is masked
-    block, keep: CSL's block mask: side of a block in pixels, probability that a block is 1
     mean, std: per channel, fractions of 1. generator: on the images' device; None: the default one.
     Raises ValueError.
     """
@@ -112,8 +111,6 @@ class MaskViews(nn.Module):
         flip: bool = True,
         strong: Photometric = STRONG,
         mild: Photometric = MILD,
-        block: int = 32,
-        keep: float = 0.7,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         generator: torch.Generator | None = None,
@@ -121,10 +118,8 @@ class MaskViews(nn.Module):
         super().__init__()
         if crop < 1 or not 0 < scale[0] <= scale[1]:
             raise ValueError(f"crop {crop} must be positive and scale {scale} a range (low, high) above 0")
-        if round(crop / block) < 1 or not 0 <= keep <= 1:
-            raise ValueError(f"blocks of {block} must be below twice the crop, {crop}, and keep {keep} in 0..1")
         self.size, self.scale, self.flip, self.generator = crop, scale, flip, generator
-        self.photometric, self.mild, self.block, self.keep = strong, mild, block, keep
+        self.photometric, self.mild = strong, mild
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
@@ -160,15 +155,16 @@ class MaskViews(nn.Module):
         """Colour operations on the crop; each call draws anew."""
         return self._normalised(photometric(crop.images, self.photometric, self.generator), crop)
 
-    def masked(self, crop: Crop) -> tuple[Tensor, Tensor]:
+    def masked(self, crop: Crop, block: int = 32, keep: float = 0.7) -> tuple[Tensor, Tensor]:
         """CSL's third view and where it may be masked (spec 3.5, released code).
 
+        block: side of a block in pixels, below twice the crop's; keep: probability that a block is 1
         Returns normalised (B, 3, S, S), and (B, S, S) bool blocks. By a fair coin an image has mild colours and
         blocks, or strong colours and none. Masking itself needs the weights: `hide`.
         """
         heads = self._uniform(len(crop.images), 1, 1) < 0.5
         images = photometric(crop.images, self.photometric, self.generator, self.mild, heads)
-        blocks = block_mask(len(crop.images), self.size, self.block, self.keep, self.mean.device, self.generator)
+        blocks = block_mask(len(crop.images), self.size, block, keep, self.mean.device, self.generator)
         return self._normalised(images, crop), blocks & heads
 
     def boxes(self, crop: Crop, probability: float = 0.5) -> Tensor:
@@ -376,7 +372,12 @@ def block_mask(
     device: torch.device | str,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """(count, size, size) bool: a grid of round(size / block) squared draws, 1 with probability `keep`, enlarged."""
+    """(count, size, size) bool: a grid of round(size / block) squared draws, 1 with probability `keep`, enlarged.
+
+    Raises ValueError where not even one block fits.
+    """
     n = round(size / block)
+    if n < 1:
+        raise ValueError(f"blocks of {block} must be below twice the crop, {size}")
     grid = torch.rand(count, 1, n, n, generator=generator, device=device) < keep
     return F.interpolate(grid.float(), (size, size), mode="nearest")[:, 0] > 0.5

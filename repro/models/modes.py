@@ -32,6 +32,18 @@ def held_statistics(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode everywhere; every module's own mode comes back afterwards."""
+    before = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
 def dropout_only(network: nn.Module) -> Iterator[None]:
     """Eval mode everywhere except in dropout modules, which draw (Gal & Ghahramani, 2016).
 

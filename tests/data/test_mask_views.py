@@ -60,7 +60,7 @@ def test_image_and_mask_stay_aligned(seed, height, width, size, flip):
     images = coordinates(4, height, width)
     row, column = images[:, 1].int() // 2, images[:, 0].int() // 2
     masks = (row // 5 * 12 + column // 5).to(torch.uint8)
-    crop = MaskViews(size, block=1, flip=flip, generator=generator(seed)).crop(images, masks)
+    crop = MaskViews(size, flip=flip, generator=generator(seed)).crop(images, masks)
     x, y = crop.images[:, 0].double() / 2, crop.images[:, 1].double() / 2
     found_row, found_column = crop.masks // 12, crop.masks % 12
     real = ~crop.padding
@@ -131,14 +131,14 @@ def test_long_sides_and_offsets_are_uniform_integers():
 def test_padding_of_the_loader_is_padding_here():
     images, masks = random_images(2, 16), torch.zeros(2, 16, 16, dtype=torch.uint8)
     masks[:, 12:], masks[:, 0] = PADDING, 255
-    crop = MaskViews(16, (1, 1), flip=False, block=4, generator=generator()).crop(images, masks)
+    crop = MaskViews(16, (1, 1), flip=False, generator=generator()).crop(images, masks)
     assert torch.equal(crop.images[:, :, :12], images[:, :, :12]) and torch.equal(crop.padding, masks == PADDING)
     assert (crop.masks[:, 12:] == 255).all() and (crop.masks[:, 0] == 255).all() and not crop.padding[:, 0].any()
 
 
 def test_further_maps_move_along():
     masks = torch.arange(900).remainder(251).to(torch.uint8).view(30, 30).expand(3, -1, -1)
-    crop = MaskViews(24, block=4, generator=generator(2)).crop(coordinates(3, 30, 30), masks)
+    crop = MaskViews(24, generator=generator(2)).crop(coordinates(3, 30, 30), masks)
     proposal = crop.window.maps(masks.float() / 2, -1.0)
     assert torch.equal(proposal[crop.padding], torch.full_like(proposal[crop.padding], -1))
     assert torch.equal(proposal[~crop.padding] * 2, crop.masks[~crop.padding].float())
@@ -347,10 +347,10 @@ def test_paste_and_hide():
 
 def test_views_show_the_same_pixels_in_the_same_place():
     images, masks = coordinates(8, 40, 40), torch.zeros(8, 40, 40, dtype=torch.uint8)
-    views = MaskViews(32, block=8, strong=NOTHING, mild=NOTHING, generator=generator(4))
+    views = MaskViews(32, strong=NOTHING, mild=NOTHING, generator=generator(4))
     crop = views.crop(images, masks)
     weak = views.weak(crop)
-    masked, _ = views.masked(crop)
+    masked, _ = views.masked(crop, 8)
     assert torch.allclose(views.strong(crop), weak, atol=1e-5) and torch.allclose(masked, weak, atol=1e-5)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = (crop.images.double() / 255 - mean[:, None, None].double()) / std[:, None, None].double()
@@ -360,20 +360,20 @@ def test_views_show_the_same_pixels_in_the_same_place():
 def test_strong_views_are_black_where_padded():
     """Brightness, contrast and blur reach the padding; the loss must not see that, nor the network."""
     images, masks = random_images(16, 40), torch.zeros(16, 40, 40, dtype=torch.uint8)
-    views = MaskViews(64, block=8, strong=TAGS, generator=generator(1))
+    views = MaskViews(64, strong=TAGS, generator=generator(1))
     crop = views.crop(images, masks)
     black = views.plain(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).expand(16, -1, 64, 64)
     padded = crop.padding[:, None].expand_as(black)
     assert padded.any()
-    for view in (views.weak(crop), views.strong(crop), views.masked(crop)[0]):
+    for view in (views.weak(crop), views.strong(crop), views.masked(crop, 8)[0]):
         assert torch.allclose(view[padded], black[padded], atol=1e-6)
 
 
 def test_masked_view_has_blocks_only_with_mild_colours():
     images, masks = random_images(600, 8), torch.zeros(600, 8, 8, dtype=torch.uint8)
     strong = replace(NOTHING, grey=1.0)
-    views = MaskViews(8, (1, 1), block=1, strong=strong, mild=NOTHING, generator=generator())
-    view, blocks = views.masked(views.crop(images, masks))
+    views = MaskViews(8, (1, 1), strong=strong, mild=NOTHING, generator=generator())
+    view, blocks = views.masked(views.crop(images, masks), 1)
     level = view * views.std[:, None, None] + views.mean[:, None, None]
     grey = (level.amax(1) - level.amin(1)).amax((1, 2)) < 1e-5
     assert torch.equal(grey, ~blocks.flatten(1).any(1))
@@ -386,9 +386,9 @@ def test_equal_generators_make_equal_views_and_images_differ():
     images, masks = random_images(1, 32).expand(6, -1, -1, -1), torch.zeros(6, 32, 32, dtype=torch.uint8)
 
     def views_of(seed):
-        views = MaskViews(32, block=8, generator=generator(seed))
+        views = MaskViews(32, generator=generator(seed))
         crop = views.crop(images, masks)
-        return [crop.images, crop.padding, views.strong(crop), *views.masked(crop), views.boxes(crop)]
+        return [crop.images, crop.padding, views.strong(crop), *views.masked(crop, 8), views.boxes(crop)]
 
     first, again, other = views_of(0), views_of(0), views_of(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -407,10 +407,10 @@ class NoHostReads(TorchDispatchMode):
 
 def test_nothing_waits_for_the_device():
     images, masks = random_images(4, 32), torch.zeros(4, 32, 32, dtype=torch.uint8)
-    views = MaskViews(32, block=8, strong=TAGS, generator=generator())
+    views = MaskViews(32, strong=TAGS, generator=generator())
     with NoHostReads():
         crop = views.crop(images, masks)
-        view, blocks = views.masked(crop)
+        view, blocks = views.masked(crop, 8)
         paste(views.strong(crop), views.weak(crop), views.boxes(crop))
         hide(view, blocks)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
@@ -428,7 +428,7 @@ def test_nothing_waits_for_the_device():
 )
 def test_other_types_and_shapes_are_refused(images, masks):
     with pytest.raises(ValueError, match=r"views need uint8 images \(B, 3, H, W\) and masks \(B, H, W\), got torch"):
-        MaskViews(8, block=4).crop(images, masks)
+        MaskViews(8).crop(images, masks)
 
 
 @pytest.mark.parametrize(
@@ -437,10 +437,13 @@ def test_other_types_and_shapes_are_refused(images, masks):
         ({"crop": 0}, "crop 0 must be positive"),
         ({"crop": 64, "scale": (0, 1)}, r"scale \(0, 1\) a range"),
         ({"crop": 64, "scale": (2, 1)}, r"scale \(2, 1\) a range"),
-        ({"crop": 16, "block": 40}, "blocks of 40 must be below twice the crop, 16"),
-        ({"crop": 64, "keep": 1.5}, "keep 1.5 in 0..1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         MaskViews(**arguments)
+
+
+def test_a_block_beyond_the_crop_is_named():
+    with pytest.raises(ValueError, match="blocks of 40 must be below twice the crop, 16"):
+        block_mask(1, 16, 40, 0.7, "cpu")
