@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from repro.papers import calibratemix, commatch
+from repro.papers import calibratemix, commatch, csl
 
-PAPERS: dict[str, ModuleType] = {"commatch": commatch, "calibratemix": calibratemix}
+PAPERS: dict[str, ModuleType] = {"commatch": commatch, "calibratemix": calibratemix, "csl": csl}

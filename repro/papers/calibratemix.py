@@ -22,6 +22,7 @@ NOTE = (
 )
 METHODS = ("supervised", "fixmatch", "flexmatch", "freematch", "softmatch", "marginmatch", "calibratemix")
 DATA = ("fashion", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10")
+HEADLINES = ("error", "ece_15")
 check_budget, check_recipe = few_labels.check_budget, few_labels.check_recipe
 
 

@@ -20,6 +20,7 @@ NOTE = (
 METHODS = ("supervised", "pseudo_label", "mean_teacher", "mixmatch", "remixmatch", "uda", "fixmatch",
            "flexmatch", "ups", "commatch")  # fmt: skip
 DATA = ("fashion", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10")
+HEADLINES = ("error", "ece_15")
 check_budget, check_recipe = few_labels.check_budget, few_labels.check_recipe
 
 

@@ -10,8 +10,11 @@ import csv
 import dataclasses
 import functools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from repro.grids import budget
 
 NOT_AVAILABLE = "not available"
 # Published metric -> ours (None: a statement that no run's metric can stand beside). All are percentages or
@@ -19,14 +22,19 @@ NOT_AVAILABLE = "not available"
 METRICS = {
     "error_rate": "error",
     "accuracy": "error",
+    "mIoU": "miou",
     "accuracy_lower_bound": None,
     "error_rate_reduction_points": None,
     "ece_reduction_percent": None,
 }
 # Data set as printed -> our name. Both toolboxes' SVHN is train + extra (604,388 images); FixMatch's code can
 # make either and what its table used is not verified, so its SVHN compares with nothing of ours.
-DATASETS = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "SVHN": "svhn", "STL-10": "stl10"}
+DATASETS = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "SVHN": "svhn", "STL-10": "stl10",
+            "Pascal VOC 2012 (classic)": "voc", "Cityscapes": "cityscapes", "COCO": "coco2017"}  # fmt: skip
 OTHER_SVHN = {"USB": "svhn_extra", "TorchSSL": "svhn_extra", "FixMatch": None}
+# Backbone as printed -> our network. Tables of few masks leave out that its stem has three convolutions.
+ENCODERS = {"ResNet-50": "resnet50s", "ResNet-101": "resnet101s"}
+STEM = "deep stem in UniMatch's released code"
 
 
 class PublishedError(ValueError):
@@ -38,7 +46,7 @@ class PublishedError(ValueError):
 class Published:
     """One published number as printed.
 
-    dataset, split (number of labels), backbone, method, setting: in the source's own words
+    dataset, split (number of labels: `40`, `1/16 (92)`), backbone, method, setting: in the source's own words
     metric: a key of METRICS; value, std: percent or points, None where not available (std: also where not
     printed)
     source: where we read it
@@ -78,9 +86,26 @@ class Published:
         return OTHER_SVHN.get(self.paper, "svhn") if self.dataset == "SVHN" else DATASETS.get(self.dataset)
 
     @property
+    def labels(self) -> int | None:
+        """The number of labels or masks: 40 of `40`, 92 of `1/16 (92)`; None where the split does not print one."""
+        number = re.fullmatch(r"(?:.*\()?(\d+)\)?", self.split)
+        return int(number[1]) if number else None
+
+    @property
+    def budget(self) -> str:
+        """`40 labels`, `92 masks`; the split as printed where it holds no number."""
+        return budget(self.data, self.split if self.labels is None else self.labels)
+
+    @property
     def network(self) -> str:
-        """The backbone as our network name: `WRN-28-2 (per committed config)` is wrn-28-2."""
-        return self.backbone.split(" (")[0].lower()
+        """The backbone as our network name: `WRN-28-2 (per committed config)` is wrn-28-2, `ResNet-101` resnet101s."""
+        name = self.backbone.split(" (")[0]
+        return ENCODERS.get(name, name.lower())
+
+    @property
+    def encoder(self) -> str:
+        """The backbone as printed, with what that leaves out: `ResNet-101 (deep stem in UniMatch's ...)`."""
+        return f"{self.backbone} ({STEM})" if self.backbone in ENCODERS else self.backbone
 
     def fraction(self, metric: str = "error") -> tuple[float | None, float | None]:
         """Value and spread as fractions in [0, 1] of our `metric` (accuracy a % is error 1 - a / 100).
@@ -121,17 +146,20 @@ class Derived:
 
 @dataclass(frozen=True)
 class Reference:
-    """A published column beside ours: the rows of one paper's table that state `metric` (ours, a
-    fraction)."""
+    """A published column beside ours: the rows of one paper's table that state `metric` (ours, a fraction).
+
+    backbone: as printed, of a table that has several; empty for any.
+    """
 
     paper: str
     table: str
     metric: str = "error"
+    backbone: str = ""
 
     @property
     def title(self) -> str:
-        """`USB, results/classic_cv.csv`."""
-        return f"{self.paper}, {self.table}"
+        """`USB, results/classic_cv.csv`, `UniMatch, README Cityscapes, ResNet-50`."""
+        return ", ".join(filter(None, (self.paper, self.table, self.backbone)))
 
 
 @functools.cache
@@ -176,8 +204,8 @@ def _number(name: str, text: str) -> float | None:
 def lookup(
     rows: tuple[Published, ...], reference: Reference, data: str, labels: int, names: tuple[str, ...]
 ) -> Published:
-    """The number that `reference` prints for a method on `data` with `labels` labels; value None where there
-    is none.
+    """The number that `reference` prints for a method on `data` with `labels` labels or masks; value None where
+    there is none.
 
     names: what the sources call the method, at least one, the preferred one first.
     svhn and svhn_extra both find "SVHN": compare the result's `.data` before taking a difference.
@@ -187,19 +215,21 @@ def lookup(
     titles = {ours: title for title, ours in DATASETS.items()}
     if (dataset := titles.get(data.removesuffix("_extra"))) is None:
         raise PublishedError(f"no published number is on {data!r}; known: {', '.join(titles)}")
+    backbones = (reference.backbone,) if reference.backbone else {row.backbone for row in rows}
     for name in names:
         found = [
             row
             for row in rows
-            if (row.paper, row.table, row.dataset, row.split, row.method)
-            == (reference.paper, reference.table, dataset, str(labels), name)
+            if (row.paper, row.table, row.dataset, row.labels, row.method)
+            == (reference.paper, reference.table, dataset, labels, name)
             and METRICS[row.metric] == reference.metric
+            and row.backbone in backbones
         ]
         values = [row.fraction(reference.metric)[0] for row in found if row.value is not None]
         if values and max(values) - min(values) > 1e-4:
             raise PublishedError(
-                f"{reference.title} has different numbers for {name} on {dataset} with {labels} labels: "
-                f"{', '.join(f'{row.metric} {row} ({row.setting})' for row in found)}"
+                f"{reference.title} has different numbers for {name} on {dataset} with {found[0].budget}: "
+                f"{', '.join(f'{row.metric} {row} ({row.setting}, {row.backbone})' for row in found)}"
             )
         if found:
             return next((row for row in found if row.value is not None), found[0])
@@ -209,7 +239,7 @@ def lookup(
         reference.table,
         dataset,
         str(labels),
-        "",
+        reference.backbone,
         names[0],
         "",
         metric,
