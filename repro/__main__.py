@@ -95,6 +95,8 @@ def parse_override(text: str) -> tuple[str, object]:
 def _run(options: argparse.Namespace) -> int:
     from repro import runs
     from repro.batch import title
+    from repro.metrics import sentence
+    from repro.papers import PAPERS
     from repro.progress import StepBar
 
     experiment = _experiment(options)
@@ -104,8 +106,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     final = metrics["reported"]["last"]["ema"]
     print(f"{runs.folder_of(experiment, options.runs)}")
-    print(f"error {100 * final['error']:.2f} %, ECE {100 * final['ece_15']:.2f} % (15 right-closed bins), "
-          f"NLL {final['nll']:.3f}, Brier {final['brier']:.3f} (EMA weights, last evaluation)")  # fmt: skip
+    further = ("nll", "brier", "pixel_accuracy", "boundary_f")
+    print(f"{sentence(final, (*PAPERS[experiment.paper].HEADLINES, *further))} (EMA weights, last evaluation)")
     return 0
 
 

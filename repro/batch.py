@@ -23,6 +23,9 @@ from tqdm import tqdm
 from repro import runs
 from repro.checkpoints import CorruptFile
 from repro.experiment import Experiment, record, resolve
+from repro.grids import budget
+from repro.metrics import sentence
+from repro.papers import PAPERS
 from repro.progress import is_watched
 from repro.settings import SettingError
 
@@ -101,8 +104,8 @@ def _settle(experiment, worker, root, outcome, bar, started) -> None:
         metrics = runs.load_metrics(runs.folder_of(experiment, root))
         final = metrics["reported"]["last"]["ema"]
         bar.write(
-            f"[{clock(time.monotonic() - started)}] {title(experiment)}: error {100 * final['error']:.2f} %, "
-            f"ECE (15 bins) {100 * final['ece_15']:.2f} %, {metrics['cost']['train_seconds']:.0f} s",
+            f"[{clock(time.monotonic() - started)}] {title(experiment)}: "
+            f"{sentence(final, PAPERS[experiment.paper].HEADLINES)}, {metrics['cost']['train_seconds']:.0f} s",
             file=sys.stdout,
         )
     else:
@@ -185,7 +188,8 @@ def expected_seconds(experiment: Experiment, root: Path) -> float:
 def title(experiment: Experiment) -> str:
     """A short name of an experiment for people."""
     changed = "".join(f", {name}={value}" for name, value in experiment.overrides)
-    return f"{experiment.method} on {experiment.data}, {experiment.labels} labels, seed {experiment.seed}{changed}"
+    count = budget(experiment.data, experiment.labels)
+    return f"{experiment.method} on {experiment.data}, {count}, seed {experiment.seed}{changed}"
 
 
 def clock(seconds: float) -> str:

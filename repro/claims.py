@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 
 from repro.experiment import Experiment, run_id
-from repro.grids import Claim, checked_seeds
+from repro.grids import EMBEDDED, Claim, checked_seeds
+from repro.metrics import METRICS, Metric
 from repro.runs import folder_of, is_finished, load_history, load_metrics, load_outputs
 from repro.settings import unknown
-from repro.tables import METRICS, NOT_RUN, Metric, check_reporting
+from repro.tables import NOT_RUN, check_reporting
 
 ALPHA = 0.05
 MINIMUM_SEEDS = next(n for n in itertools.count(1) if 0.5**n < ALPHA)  # 5
@@ -240,7 +241,9 @@ class Verdict:
         """The verdict as text, for a table."""
         show, unit = self.metric.show, self.metric.unit
         stated = self.claim.published
-        printed = "" if stated is None else f"-{stated} points, {stated.dataset}, {stated.split} labels"
+        sign, printed = "-" if self.claim.direction == "lower" else "+", ""
+        if stated is not None:
+            printed = f"{sign}{stated} points, {stated.dataset}, {stated.budget}"
         low, high = ("" if end is None else show(end, signed=True) for end in (self.low, self.high))
         return {
             "claim": self.claim.text,
@@ -307,7 +310,7 @@ def decide(
 def scope(claim: Claim, scale: str) -> str:
     """What a verdict is about: `on the embedded data (Fashion-MNIST part, 100 labels), mini scale`."""
     column = claim.column_at(scale)
-    where = f"the embedded data ({column.title})" if column.data == "fashion" else column.title
+    where = f"the embedded data ({column.title})" if column.data in EMBEDDED else column.title
     return f"on {where}, {scale} scale"
 
 

@@ -18,8 +18,17 @@ if TYPE_CHECKING:  # papers import this module
 
 # Accuracy is never shown without calibration, nor calibration without its bins.
 CALIBRATED = ("error", "ece_15", "ece_10_left", "nll", "brier")
+MASKED = ("miou", "pixel_accuracy", "boundary_f", "ece_15")
 TITLES = {"fashion": "Fashion-MNIST part", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN",
-          "svhn_extra": "SVHN with extra", "stl10": "STL-10"}  # fmt: skip
+          "svhn_extra": "SVHN with extra", "stl10": "STL-10", "scenes": "Fashion scenes", "voc": "Pascal VOC 2012",
+          "cityscapes": "Cityscapes", "coco2017": "COCO"}  # fmt: skip
+EMBEDDED = ("fashion", "scenes")  # in the package: what small scales use
+WITH_MASKS = ("scenes", "voc", "cityscapes", "coco2017")
+
+
+def budget(data: str | None, labels: int | str) -> str:
+    """`20 masks` on data sets for segmentation, `100 labels` on others. labels: how many, or several as text."""
+    return f"{labels} {'masks' if data in WITH_MASKS else 'labels'}"
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: a data set and its number of labels."""
+    """A column: a data set and its number of labels or masks."""
 
     data: str
     labels: int
@@ -43,7 +52,7 @@ class Column:
     @property
     def title(self) -> str:
         """`CIFAR-10, 40 labels`."""
-        return f"{TITLES.get(self.data, self.data)}, {self.labels} labels"
+        return f"{TITLES.get(self.data, self.data)}, {budget(self.data, self.labels)}"
 
 
 @dataclass(frozen=True)

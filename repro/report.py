@@ -16,11 +16,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from repro import claims, plots, plots_calibration, runs, style, tables
 from repro.checkpoints import atomic_path, read_json, write_json, write_text
 from repro.experiment import Experiment, from_record
+from repro.metrics import sentence
 from repro.papers import PAPERS
 
 PACKAGE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-NOTEBOOKS = ("commatch", "calibratemix", "tables")
+NOTEBOOKS = ("commatch", "calibratemix", "csl", "tables")
 FIGURES = plots.FIGURES | {"calibratemix": plots_calibration.calibratemix_figures}
 
 
@@ -143,8 +144,7 @@ def finished(experiments: Sequence[Experiment], root: Path) -> list[dict]:
         rows.append(
             {
                 "id": folder.name,
-                "error": f"{100 * final['error']:.2f}",
-                "ece": f"{100 * final['ece_15']:.2f}",
+                "result": sentence(final, PAPERS[experiment.paper].HEADLINES),
                 "seconds": f"{cost['train_seconds']:.0f}",
                 "rate": f"{cost['samples_per_second']:,.0f}",
                 "memory": f"{cost['peak_memory_mib']:,.0f}",

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from repro.checkpoints import atomic_path
 from repro.experiment import Experiment
-from repro.grids import TITLES
+from repro.grids import TITLES, budget
 
 DPI = 120
 PALETTE = [tuple(round(part, 4) for part in colour) for colour in sns.color_palette("colorblind")]
@@ -58,6 +58,8 @@ STYLES = {
     "softmatch": Style("SoftMatch", PURPLE, "h"),
     "marginmatch": Style("MarginMatch", BROWN, "d"),
     "calibratemix": Style("CalibrateMix", RED, "o"),
+    "unimatch": Style("UniMatch", GREEN, "^"),
+    "csl": Style("CSL", BLUE, "P"),
 }
 
 
@@ -111,8 +113,10 @@ def label_of(experiment: Experiment) -> str:
 def setting(experiments: Iterable[Experiment]) -> str:
     """`Fashion-MNIST part, 100 labels, mini scale`."""
     experiments = list(experiments)
-    parts = [" / ".join(dict.fromkeys(TITLES.get(item.data, item.data) for item in experiments))]
-    parts += [" / ".join(map(str, sorted({item.labels for item in experiments}))) + " labels"]
+    data = list(dict.fromkeys(item.data for item in experiments))
+    parts = [" / ".join(TITLES.get(name, name) for name in data)]
+    labels = " / ".join(map(str, sorted({item.labels for item in experiments})))
+    parts += [budget(data[0] if data else None, labels)]
     parts += [" / ".join(dict.fromkeys(item.scale for item in experiments)) + " scale"]
     return ", ".join(parts)
 

@@ -17,6 +17,7 @@ import pandas as pd
 
 from repro.experiment import Experiment, resolve, run_id
 from repro.grids import TITLES, Column, Row, Table, experiment
+from repro.metrics import METRICS, Metric
 from repro.papers.published import DATASETS, NOT_AVAILABLE, Published, Reference, lookup
 from repro.runs import folder_of, is_finished, load_metrics
 from repro.settings import unknown
@@ -28,41 +29,6 @@ RULES = {
     "best": "best evaluation, selected on test",
 }
 WEIGHTS = {"ema": "EMA weights", "live": "live weights"}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a stored metric is shown.
-
-    percent: stored as a fraction, shown in percent. lower: whether less is better.
-    """
-
-    title: str
-    percent: bool = True
-    lower: bool = True
-
-    @property
-    def unit(self) -> str:
-        """Unit of a difference: points, or nothing."""
-        return " points" if self.percent else ""
-
-    def show(self, value: float, signed: bool = False) -> str:
-        """A stored value as text: percent with two decimals, others with three."""
-        sign = "+" if signed else ""
-        return f"{100 * value:{sign}.2f}" if self.percent else f"{value:{sign}.3f}"
-
-
-METRICS = {
-    "error": Metric("error (%)"),
-    "ece_15": Metric("ECE (%), 15 bins (lo, hi]"),
-    "ece_10_left": Metric("ECE (%), 10 bins [lo, hi)"),
-    "nll": Metric("NLL (nats)", percent=False),
-    "brier": Metric("Brier", percent=False),
-    "accuracy": Metric("accuracy (%)", lower=False),
-    "scaled_ece_15": Metric("ECE (%) after temperature scaling, 15 bins (lo, hi]"),
-    "scaled_nll": Metric("NLL (nats) after temperature scaling", percent=False),
-    "temperature": Metric("temperature", percent=False),
-}
 
 
 # Reading runs
@@ -107,7 +73,8 @@ def _values(saved: dict) -> Iterator[tuple[str, str, str, float | None]]:
                     yield rule, weights, metric, value
     for kind, metrics in saved["pseudo_labels"].items():
         for metric, value in metrics.items():
-            yield "last", "live", f"{kind}_{metric}", value
+            if value is None or type(value) in (int, float):
+                yield "last", "live", f"{kind}_{metric}", value
 
 
 @dataclass(frozen=True)
@@ -185,10 +152,10 @@ def incomparable(published: Published, measured: Experiment) -> str:
         return NOT_AVAILABLE
     if measured.scale != "paper":
         return f"ours is at {measured.scale} scale"
-    if published.data != measured.data or published.split != str(measured.labels):
+    if published.data != measured.data or published.labels != measured.labels:
         return f"published on {_printed_on([published])}"
     if published.network != (network := resolve(measured).network):
-        return f"published with {published.backbone or 'an unknown network'}, ours is {network}"
+        return f"published with {published.encoder or 'an unknown network'}, ours is {network}"
     return ""
 
 
@@ -255,7 +222,7 @@ def notes(table: Table, column: Column, scale: str, beside: Column | None = None
             number = _published(table, row, beside, reference)
             if number.value is None:
                 continue
-            facts = [number.backbone, number.setting, f"read from {number.source}"]
+            facts = [number.encoder, number.setting, f"read from {number.source}"]
             if reason := incomparable(number, experiment(table.paper, row, column, scale, 0)):
                 facts.append(f"no difference taken: {reason}")
             known.setdefault("; ".join(filter(None, facts)), []).append(row.label)
@@ -301,7 +268,7 @@ def _printed_on(numbers: Sequence[Published]) -> str:
     """`CIFAR-10, 40 labels`: what a published column was measured on, as far as that is known."""
     number = next((number for number in numbers if number.value is not None), numbers[0])
     unsure = number.dataset if number.value is None else f"{number.dataset} (which parts is not verified)"
-    return f"{TITLES.get(number.data, unsure)}, {number.split} labels"
+    return f"{TITLES.get(number.data, unsure)}, {number.budget}"
 
 
 def _in_percent(number: Published, reference: Reference) -> str:
