@@ -59,7 +59,7 @@ STYLES = {
     "marginmatch": Style("MarginMatch", BROWN, "d"),
     "calibratemix": Style("CalibrateMix", RED, "o"),
     "unimatch": Style("UniMatch", GREEN, "^"),
-    "csl": Style("CSL", BLUE, "P"),
+    "csl": Style("CSL", BLUE, "H"),
 }
 
 
