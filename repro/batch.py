@@ -167,19 +167,19 @@ def default_workers(device: str = "auto") -> int:
 
 
 def expected_seconds(experiment: Experiment, root: Path) -> float:
-    """Mean training seconds of finished runs of the same method, scale and number of steps: those in `root`, else those
-    of the committed results (another machine's, so a rough guess), else a minute or two."""
+    """Mean training seconds of finished runs of the same method, data, scale and number of steps: those in `root`, else
+    those of the committed results (another machine's, so a rough guess), else a minute or two."""
     steps = resolve(experiment).steps
     seconds = []
-    for path in Path(root).glob(f"{experiment.method}-*-{experiment.scale}-*/metrics.json"):
+    for path in Path(root).glob(f"{experiment.method}-{experiment.data}.*-{experiment.scale}-*/metrics.json"):
         with contextlib.suppress(CorruptFile):  # an estimate is no place to stop for it
             metrics = runs.load_metrics(path.parent)
             if metrics["recipe"]["steps"] == steps:
                 seconds.append(metrics["cost"]["train_seconds"])
     if not seconds and COMMITTED.exists():
         frame = pd.read_csv(COMMITTED).drop_duplicates("run")
-        alike = (frame["method"] == experiment.method) & (frame["scale"] == experiment.scale)
-        seconds = frame.loc[alike, "train_seconds"].dropna().tolist()
+        same = [frame[name] == getattr(experiment, name) for name in ("method", "data", "scale")]
+        seconds = frame.loc[same[0] & same[1] & same[2], "train_seconds"].dropna().tolist()
     if seconds:
         return sum(seconds) / len(seconds)
     return TINY_SECONDS if experiment.scale == "tiny" else UNKNOWN_SECONDS

@@ -385,8 +385,5 @@ def commatch_figures(scale: str, seeds: Sequence[int], root: Path | None = None)
     return drawn + common_figures("commatch", scale, seeds, root)
 
 
-# Paper -> its figures: (scale, seeds, folder of runs) -> those that its finished runs can draw.
-FIGURES = {name: functools.partial(common_figures, name) for name in PAPERS} | {"commatch": commatch_figures}
-
-__all__ = ["FIGURES", "accuracy_curves", "ece_against_instability", "loss_curves", "message", "pseudo_label_quality",
+__all__ = ["accuracy_curves", "ece_against_instability", "loss_curves", "message", "pseudo_label_quality",
            "reliability_diagrams", "save", "table_points", "threshold_schedules"]  # fmt: skip

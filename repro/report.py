@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from repro import claims, plots, plots_calibration, runs, style, tables
+from repro import claims, plots, plots_calibration, plots_masks, runs, style, tables
 from repro.checkpoints import atomic_path, read_json, write_json, write_text
 from repro.experiment import Experiment, from_record
 from repro.metrics import sentence
@@ -22,7 +22,12 @@ from repro.papers import PAPERS
 PACKAGE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NOTEBOOKS = ("commatch", "calibratemix", "csl", "tables")
-FIGURES = plots.FIGURES | {"calibratemix": plots_calibration.calibratemix_figures}
+# Paper -> its figures: (scale, seeds, folder of runs) -> those that its finished runs can draw.
+FIGURES = {
+    "commatch": plots.commatch_figures,
+    "calibratemix": plots_calibration.calibratemix_figures,
+    "csl": plots_masks.csl_figures,
+}
 
 
 def build(scale: str, seeds: Sequence[int], root: Path, committed: Path | None = None) -> Path:
@@ -135,8 +140,7 @@ def execute_notebooks(folder: Path, scale: str, root: Path) -> list[dict]:
 def finished(experiments: Sequence[Experiment], root: Path) -> list[dict]:
     """A row for each finished run: result, cost, origin, and the command that repeats it."""
     rows = []
-    for experiment in experiments:
-        folder = runs.folder_of(experiment, root)
+    for folder, experiment in {runs.folder_of(item, root): item for item in experiments}.items():  # papers share runs
         if not (folder / "metrics.json").exists():
             continue
         metrics = runs.load_metrics(folder)

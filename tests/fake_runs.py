@@ -48,6 +48,7 @@ def write_run(
             "packages": dict.fromkeys(PACKAGES, "1.0"),
             "device": "cpu",
             "precision": "fp32",
+            "threads": 1,
             "finished": "2026-01-01T00:00:00Z",
         },
     }

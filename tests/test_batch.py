@@ -14,6 +14,7 @@ from repro.batch import Outcome, clock, default_workers, expected_seconds, run_a
 from repro.checkpoints import load_state
 from repro.experiment import Experiment
 from repro.training import CHECKPOINT
+from tests.fake_mask_runs import write_mask_run
 
 QUICK = Experiment("commatch", "supervised", "fashion", 100, 0, "tiny", {"steps": 1, "batch": 2})
 
@@ -149,8 +150,20 @@ def test_the_estimate_is_the_mean_of_like_runs(tmp_path, monkeypatch):
     assert expected_seconds(QUICK.with_(scale="mini"), tmp_path) == batch.UNKNOWN_SECONDS
 
 
+def test_a_finished_run_is_told_by_its_papers_headlines(tmp_path, capsys, script):
+    """A run that finds its metrics written: what is printed is what they say."""
+    masks = Experiment("csl", "unimatch", "scenes", 20, 1, "tiny")
+    ready = tmp_path / "ready"
+    write_mask_run(masks, ready, figures=False, miou=0.6125, ece_15=0.05)
+    script(f"mkdir -p {tmp_path}/runs && cp -r {ready}/* {tmp_path}/runs")
+    assert run_all([masks], tmp_path / "runs", workers=1, device="cpu").finished == [masks]
+    told = "unimatch on scenes, 20 masks, seed 1: mIoU 61.25 %, ECE 5.00 % (15 right-closed bins), 12 s"
+    assert told in capsys.readouterr().out
+
+
 def test_titles_and_clocks():
     assert title(QUICK) == "supervised on fashion, 100 labels, seed 0, batch=2, steps=1"
+    assert title(Experiment("csl", "csl", "scenes", 20)) == "csl on scenes, 20 masks, seed 0"
     assert [clock(s) for s in (0, 0.4, 59.6, 61, 3599, 3600, 90_061)] == [
         "0:00", "0:00", "1:00", "1:01", "59:59", "1:00:00", "25:01:01",
     ]  # fmt: skip

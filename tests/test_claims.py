@@ -20,8 +20,10 @@ from repro.claims import (
     verdicts,
 )
 from repro.grids import Claim, Column, Row
+from repro.papers.published import Published
 from repro.runs import folder_of
 from repro.settings import SettingError
+from tests.fake_mask_runs import write_mask_run
 from tests.fake_runs import write_evaluations, write_run
 
 LEFT, RIGHT = Row("ComMatch", "commatch"), Row("FixMatch", "fixmatch")
@@ -228,6 +230,27 @@ def test_rule_and_weights_choose_the_number(tmp_path):
         decide(claim(), root=tmp_path, rule="first")
     with pytest.raises(SettingError, match="unknown metric 'ece'"):
         decide(claim(metric="ece"), root=tmp_path)
+
+
+def test_a_claim_that_more_is_better_is_supported_by_higher_values(tmp_path):
+    masks = {"paper": "csl", "left": Row("CSL", "csl"), "right": Row("UniMatch", "unimatch"), "metric": "miou"}
+    stated = Published("CSL", "T", "Cityscapes", "1/16 (186)", "", "CSL", "", "mIoU", 1.5, None, "invented for a test")
+    tested = claim(**masks, direction="higher", column=Column("voc", 92), small=Column("scenes", 20), published=stated)
+    for seed in range(5):
+        for side, miou in zip(tested.pair("mini", seed), (0.62 + 0.01 * seed, 0.6), strict=True):
+            write_mask_run(side, tmp_path, steps=(100,), figures=False, miou=miou)
+    found = decide(tested, root=tmp_path)
+    assert found.verdict == "supported" and found.effect == pytest.approx(0.04)
+    row = found.row()
+    assert row["effect"] == "+4.00 points" and row["metric"] == "mIoU (%)"
+    assert row["scope"] == "on the embedded data (Fashion scenes, 20 masks), mini scale"
+    assert row["published effect"] == "+1.50 points, Cityscapes, 186 masks"
+    assert decide(tested, "paper", root=tmp_path).scope == "on Pascal VOC 2012, 92 masks, paper scale"
+
+
+def test_a_lower_effect_is_published_with_its_sign():
+    stated = Published("P", "T", "CIFAR-10", "40", "", "M", "", "error_rate_reduction_points", 3.6, None, "readme")
+    assert decide(claim(published=stated)).row()["published effect"] == "-3.60 points, CIFAR-10, 40 labels"
 
 
 def test_paper_scale_has_its_own_scope():

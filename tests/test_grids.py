@@ -1,7 +1,9 @@
 import pytest
 
+from repro.data.masks_sources import MASK_SOURCES
 from repro.experiment import Experiment, run_id
-from repro.grids import Claim, Column, Row, Table, ablation, checked_seeds
+from repro.grids import EMBEDDED, TITLES, WITH_MASKS, Claim, Column, Row, Table, ablation, budget, checked_seeds
+from repro.papers import PAPERS
 from repro.settings import SettingError
 
 PAPER, SMALL = (Column("cifar10", 40),), (Column("fashion", 100), Column("fashion", 250))
@@ -27,6 +29,26 @@ def test_a_scale_changes_the_columns_and_nothing_else():
     assert {e.scale for e in TABLE.experiments("tiny", (0,))} == {"tiny"}
     with pytest.raises(SettingError, match="unknown scale 'huge'.*known: mini, paper, tiny"):
         TABLE.experiments("huge")
+
+
+@pytest.mark.parametrize(
+    ("column", "title"),
+    [
+        (("fashion", 100), "Fashion-MNIST part, 100 labels"),
+        (("svhn_extra", 40), "SVHN with extra, 40 labels"),
+        (("scenes", 20), "Fashion scenes, 20 masks"),
+        (("voc", 92), "Pascal VOC 2012, 92 masks"),
+        (("coco2017", 232), "COCO, 232 masks"),
+    ],
+)
+def test_a_column_says_what_its_number_counts(column, title):
+    assert Column(*column).title == title
+
+
+def test_every_data_set_has_a_title_and_those_with_masks_count_masks():
+    assert {name for paper in PAPERS.values() for name in paper.DATA} <= set(TITLES) and set(EMBEDDED) <= set(TITLES)
+    assert set(WITH_MASKS) - {"scenes"} <= set(MASK_SOURCES)
+    assert budget("cityscapes", "20 / 40") == "20 / 40 masks" and budget(None, 40) == "40 labels"
 
 
 @pytest.mark.parametrize("seeds", [(), (0, 0), (-1,), (0.0,), (True,), ("0",)])

@@ -127,6 +127,29 @@ def test_run_trains_once_and_reports_the_same_the_second_time(tmp_path, capsys, 
     assert capsys.readouterr().out.splitlines() == [folder, result]
 
 
+@pytest.mark.parametrize(
+    ("paper", "stored", "line"),
+    [
+        (
+            "commatch",
+            {"error": 0.25, "ece_15": 0.05, "ece_10_left": 0.06, "nll": 1.5, "brier": 0.4, "accuracy": 0.75},
+            "error 25.00 %, ECE 5.00 % (15 right-closed bins), NLL 1.500, Brier 0.400 (EMA weights, last evaluation)",
+        ),
+        (
+            "csl",
+            {"miou": 0.6, "ece_15": 0.05, "pixel_accuracy": 0.9, "boundary_f": None, "iou": [0.6]},
+            "mIoU 60.00 %, ECE 5.00 % (15 right-closed bins), pixel accuracy 90.00 %, boundary F-score undefined "
+            "(EMA weights, last evaluation)",
+        ),
+    ],
+)
+def test_a_result_is_told_in_the_papers_metrics(monkeypatch, capsys, paper, stored, line):
+    monkeypatch.setattr(runs, "execute", lambda *_, **__: {"reported": {"last": {"ema": stored}}})
+    data = ["--data", "scenes", "--labels", "20"] if paper == "csl" else []
+    assert main(["run", "--paper", paper, "--method", "supervised", *data]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == line
+
+
 def test_the_command_itself_exits_with_the_status():
     command = [sys.executable, "-m", "repro", "run", "--set", "bogus=1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])

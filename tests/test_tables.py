@@ -10,11 +10,13 @@ import pytest
 from repro import evaluation, tables
 from repro.calibration import all_metrics
 from repro.checkpoints import CorruptFile, read_json, write_json
-from repro.grids import CALIBRATED, Column, Row, Table
+from repro.grids import CALIBRATED, MASKED, Column, Row, Table
+from repro.metrics import METRICS
 from repro.papers.published import Published, Reference
 from repro.runs import folder_of
 from repro.settings import SettingError
-from repro.tables import METRICS, Summary, collect, compare, layout, notes, published_grid, show, summarise
+from repro.tables import Summary, collect, compare, layout, notes, published_grid, show, summarise
+from tests.fake_mask_runs import measured, write_mask_run
 from tests.fake_runs import write_run
 
 CIFAR, FASHION = Column("cifar10", 40), Column("fashion", 100)
@@ -169,7 +171,9 @@ def test_names_agree_with_what_runs_store():
         "holdout_labels": labels,
     }
     stored = all_metrics(probs, labels) | temperature_scaled(arrays)
-    assert set(METRICS) <= set(stored) and set(CALIBRATED) <= set(METRICS)
+    of_masks = measured(torch.full((1, 6, 4, 4), 1 / 6), torch.zeros(1, 4, 4, dtype=torch.uint8))
+    assert set(METRICS) <= set(stored) | set(of_masks)
+    assert set(CALIBRATED) <= set(METRICS) & set(stored) and set(MASKED) <= set(METRICS) & set(of_masks)
     assert tuple(tables.RULES) == evaluation.REPORTING
 
 
@@ -272,6 +276,80 @@ def test_a_printed_accuracy_is_shown_as_the_error_that_the_column_promises():
     accuracy = dataclasses.replace(printed("FixMatch", 91.67, 1.41), metric="accuracy")
     grid = published_grid(dataclasses.replace(TABLE, published=(accuracy,)), USB)
     assert grid.loc["FixMatch"].item() == "8.33 ± 1.41"
+
+
+# Masks
+
+SCENES, PASCAL = Column("scenes", 20), Column("voc", 92)
+README = Reference("UniMatch", "README", "miou")
+
+
+def masked(value, dataset="Pascal VOC 2012 (classic)", split="1/16 (92)", backbone="ResNet-101", table="README"):
+    return Published("UniMatch", table, dataset, split, backbone, "UniMatch", "crop 321", "mIoU", value, None, "readme")
+
+
+MASKS = Table(
+    "m",
+    "Masks",
+    "csl",
+    (Row("UniMatch", "unimatch", published=("UniMatch",)), Row("CSL", "csl")),
+    (PASCAL,),
+    (SCENES,),
+    (masked(75.2),),
+    (README,),
+    MASKED,
+)
+
+
+def test_the_scalars_of_a_mask_run_are_collected_and_its_lists_are_not(tmp_path):
+    experiment = MASKS.experiments("mini", (0,))[1]
+    write_mask_run(experiment, tmp_path, figures=False, miou=0.6, boundary_f=None)
+    frame = collect([experiment], tmp_path)
+    by = frame.set_index(["rule", "weights", "metric"])["value"]
+    assert by["last", "ema", "miou"] == 0.6 and by["last", "live", "miou"] != 0.6
+    assert math.isnan(by["last", "ema", "boundary_f"]) and 0 < by["last", "live", "pixels_coverage"] <= 1
+    assert not set(frame["metric"]) & {"iou", "confusion", "reliability", "pixels_ranges"}
+    assert set(frame["metric"]) >= set(MASKED)
+
+
+def test_scenes_stand_beside_pascal_without_a_difference(tmp_path):
+    for seed, miou in enumerate((0.5, 0.6)):
+        write_mask_run(MASKS.cell(MASKS.rows[1], SCENES, "mini", [seed])[0], tmp_path, figures=False, miou=miou)
+    shown = block(MASKS, tmp_path)
+    ours = "measured: Fashion scenes, 20 masks, mini scale, last evaluation, EMA weights"
+    assert shown.loc["CSL", (ours, "mIoU (%)")] == "55.00 ± 7.07 (n = 2)"
+    assert shown.loc["UniMatch", (ours, "boundary F-score (%)")] == "not run"
+    published = shown["published: Pascal VOC 2012, 92 masks, mIoU (%)", "UniMatch, README"]
+    assert published.to_dict() == {"UniMatch": "75.20", "CSL": "not available"}
+    assert not any("minus" in name for _, name in shown.columns)
+
+
+def test_a_paper_run_from_masks_shows_by_how_much_its_miou_is_higher(tmp_path):
+    write_mask_run(MASKS.cell(MASKS.rows[0], PASCAL, "paper", [0])[0], tmp_path, figures=False, miou=0.76)
+    shown = block(MASKS, tmp_path, "paper", (0,))
+    name = ("published: Pascal VOC 2012, 92 masks, mIoU (%)", "measured minus UniMatch, README (points)")
+    assert shown[name].tolist() == ["+0.80", ""]
+    (said,) = notes(MASKS, PASCAL, "paper")
+    assert said.startswith("UniMatch, README: ResNet-101 (deep stem in UniMatch's released code); crop 321; read from")
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "reason"),
+    [
+        (masked(75.2), {}, ""),
+        (masked(75.2), {"labels": 183}, "published on Pascal VOC 2012, 92 masks"),
+        (masked(81.2, split="Full (1464)"), {"labels": 1464}, ""),
+        (masked(75.2, backbone="ResNet-50"), {"network": "resnet50s"}, ""),
+        (masked(75.2), {"network": "resnet101"}, "published with ResNet-101 (deep stem in UniMatch's"),
+        (masked(31.9, "COCO", "1/512 (232)", "Xception-65"), {"data": "coco2017", "labels": 232}, "published with Xc"),
+        (masked(76.6, "Cityscapes", "1/16 (186)"), {"data": "cityscapes", "labels": 186}, ""),
+        (masked(76.6, "Cityscapes", "1/16 (186)"), {"data": "voc", "labels": 183}, "published on Cityscapes, 186"),
+    ],
+)
+def test_masks_are_compared_by_data_number_and_network(number, changes, reason):
+    experiment = MASKS.experiments("paper", (0,))[0].with_(**changes)
+    assert tables.incomparable(number, experiment).startswith(reason)
+    assert bool(tables.incomparable(number, experiment)) == bool(reason)
 
 
 # Printing

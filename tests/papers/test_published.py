@@ -111,7 +111,68 @@ def test_two_rows_may_say_the_same_but_not_different_things(tmp_path):
         lookup(different, USB, "cifar10", 40, ("FixMatch",))
 
 
-@pytest.mark.parametrize(("name", "count"), [("commatch", 9), ("ssl_baselines", 189)])
+# Masks
+
+PASCAL = "UniMatch,R,Pascal VOC 2012 (classic),1/16 (92),ResNet-101,UniMatch,crop 321,mIoU,75.2,,readme"
+CITY = "UniMatch,R,Cityscapes,1/16 (186),ResNet-101,UniMatch,crop 801,mIoU,76.6,,readme"
+
+
+@pytest.mark.parametrize(
+    ("split", "labels", "budget"),
+    [
+        ("40", 40, "40 masks"),
+        ("1/16 (92)", 92, "92 masks"),
+        ("Full (1464)", 1464, "1464 masks"),
+        ("1/512 (232)", 232, "232 masks"),
+        ("val", None, "val masks"),
+        ("1/16", None, "1/16 masks"),
+    ],
+)
+def test_the_number_of_masks_is_read_from_the_split(tmp_path, split, labels, budget):
+    (row,) = rows(tmp_path, PASCAL.replace("1/16 (92)", split))
+    assert (row.labels, row.budget, row.split) == (labels, budget, split)
+
+
+def test_labels_are_counted_where_there_are_no_masks(tmp_path):
+    assert [row.budget for row in rows(tmp_path, ROW, ROW.replace("CIFAR-10", "SVHN"))] == ["40 labels"] * 2
+
+
+def test_miou_is_a_fraction_and_no_error(tmp_path):
+    (row,) = rows(tmp_path, PASCAL.replace("75.2,", "75.2,0.5"))
+    assert row.fraction("miou") == pytest.approx((0.752, 0.005)) and row.data == "voc"
+    with pytest.raises(PublishedError, match="mIoU of UniMatch R cannot be read as 'error'"):
+        row.fraction()
+
+
+@pytest.mark.parametrize(
+    ("printed", "network", "encoder"),
+    [
+        ("ResNet-101", "resnet101s", "ResNet-101 (deep stem in UniMatch's released code)"),
+        ("ResNet-50", "resnet50s", "ResNet-50 (deep stem in UniMatch's released code)"),
+        ("Xception-65", "xception-65", "Xception-65"),
+        ("WRN-28-2 (per config)", "wrn-28-2", "WRN-28-2 (per config)"),
+    ],
+)
+def test_a_backbone_is_ours_with_its_stem_or_another(tmp_path, printed, network, encoder):
+    (row,) = rows(tmp_path, PASCAL.replace("ResNet-101", printed))
+    assert (row.network, row.encoder) == (network, encoder)
+
+
+def test_a_table_of_two_backbones_is_looked_up_by_backbone(tmp_path):
+    numbers = rows(tmp_path, PASCAL, CITY, CITY.replace("ResNet-101", "ResNet-50").replace("76.6", "75.0"))
+    names = ("UniMatch",)
+    for backbone, value in (("ResNet-101", 76.6), ("ResNet-50", 75.0), ("Xception-65", None)):
+        reference = Reference("UniMatch", "R", "miou", backbone)
+        found = lookup(numbers, reference, "cityscapes", 186, names)
+        assert (found.value, found.backbone) == (value, backbone) and reference.title == f"UniMatch, R, {backbone}"
+    with pytest.raises(PublishedError, match="different numbers for UniMatch on Cityscapes with 186 masks.*ResNet-50"):
+        lookup(numbers, Reference("UniMatch", "R", "miou"), "cityscapes", 186, names)
+    assert lookup(numbers, Reference("UniMatch", "R", "miou"), "voc", 92, names).value == 75.2
+    absent = lookup(numbers, Reference("UniMatch", "R", "miou"), "voc", 183, names)
+    assert (absent.value, absent.metric, absent.labels) == (None, "mIoU", 183)
+
+
+@pytest.mark.parametrize(("name", "count"), [("commatch", 9), ("ssl_baselines", 189), ("csl", 161)])
 def test_the_packaged_files_are_whole_and_every_row_has_its_source(name, count):
     numbers = published.load(name)
     assert len(numbers) == count and all(row.source and row.value is not None for row in numbers)
@@ -130,7 +191,7 @@ def test_the_packaged_files_are_whole_and_every_row_has_its_source(name, count):
         ("FixMatch", "Table 2", "cifar10", 4000, ("FixMatch (CTA)",), 4.31),
     ],
 )
-def test_packaged_numbers_are_the_published_ones(paper, table, data, labels, names, error):
+def test_packaged_errors_are_the_published_ones(paper, table, data, labels, names, error):
     row = lookup(published.load("ssl_baselines"), Reference(paper, table), data, labels, names)
     assert 100 * row.fraction()[0] == pytest.approx(error, abs=5e-3)
 
