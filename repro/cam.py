@@ -5,10 +5,11 @@
     labels = refined_labels(pixels, cam, tags, low=0.25, high=0.7)              # the same after refinement
 
 CAMs are floating (B, C, H, W), tags (B, C) with 1 where an image shows a class, label maps int64 (B, H, W) with 0 for
-the background, c + 1 for channel c and 255 for ignored pixels. No function writes into its arguments or waits for the
-device, except `curve_report`. Sources name the released code of ToCo unless they say otherwise.
+the background, c + 1 for channel c and 255 for ignored pixels. No function writes into its arguments, and none that a
+training step calls waits for the device. "Released code" is ToCo's unless another is named.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -22,6 +23,7 @@ from repro.data.masks import IGNORE
 from repro.segmentation import iou
 
 SCALES = (1.0, 0.5, 1.5)  # ToCo's; PCRE trains with 1, .5, .75, 1.5
+THRESHOLDS = tuple(step / 100 for step in range(100))  # of the background
 DILATIONS, ITERATIONS = (1, 2, 4, 8, 12, 24), 10  # of the refinement
 AROUND = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
 BANDWIDTH, POSITION = 0.3, 0.01  # of the refinement's affinities, and the share of the one of positions
@@ -64,7 +66,7 @@ def multi_scale_cam(
     height, width = images.shape[2:]
     total = 0.0
     for scale in scales:
-        seen = images if scale == 1 else bilinear(images, (int(scale * height), int(scale * width)))
+        seen = bilinear(images, (int(scale * height), int(scale * width)))
         cam = bilinear(widened(raw(torch.cat([seen, seen.flip(3)]) if flip else seen)), (height, width))
         if flip:
             plain, mirrored = cam.chunk(2)
@@ -106,30 +108,35 @@ def box_mask(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return ((rows >= top) & (rows < bottom))[:, :, None] & ((columns >= left) & (columns < right))[:, None]
 
 
-def neighbours(size: tuple[int, int], dilations: Sequence[int], device: torch.device) -> Tensor:
-    """Flat index (8 len(dilations), H W) of the neighbours of each pixel; outside the image it is the nearest pixel."""
+@functools.lru_cache(maxsize=8)  # since copying offsets to a device waits for it; do not write into the tensors
+def neighbourhood(size: tuple[int, int], dilations: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Flat index (n, H W) of the n = 8 len(dilations) neighbours of each pixel, and weights (n,) float64 by position.
+
+    Outside the image a neighbour is the nearest pixel of it. Weights: the softmax of minus (distance / (std + 1e-8) /
+    .3)^2, std unbiased over the n distances.
+    """
     height, width = size
-    offset = torch.tensor([(d * row, d * column) for d in dilations for row, column in AROUND], device=device)
-    rows = (torch.arange(height, device=device) + offset[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=device) + offset[:, 1:]).clamp(0, width - 1)
-    return (rows[:, :, None] * width + columns[:, None]).flatten(1)
+    steps = torch.tensor([(d * row, d * column) for d in dilations for row, column in AROUND])
+    distance = steps.double().square().sum(1).sqrt()
+    near = -(distance / (distance.std() + 1e-8) / BANDWIDTH).square()
+    rows = (torch.arange(height) + steps[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width) + steps[:, 1:]).clamp(0, width - 1)
+    index = (rows[:, :, None] * width + columns[:, None]).flatten(1)
+    return index.to(device), near.softmax(0).to(device)
 
 
-def pixel_affinity(images: Tensor, index: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Weights (B, n, H W) of each pixel's n neighbours; over them they sum to 1.01.
+def pixel_affinity(images: Tensor, index: Tensor, position: Tensor) -> Tensor:
+    """Weights (B, n, H W) of each pixel's n neighbours: a softmax by colour plus .01 times one by position.
 
-    images: (B, channels, H W) in [0, 1]. index: (n, H W) of `neighbours`.
-    Colour: softmax of minus the mean over channels of (|difference| / (std + 1e-8) / .3)^2, std unbiased over the
-    neighbours' values. Position: .01 times the softmax of minus (distance / (std + 1e-8) / .3)^2.
+    images: (B, channels, H W) in [0, 1]. index, position: of `neighbourhood`.
+    Colour: minus the mean over channels of (|difference| / (std + 1e-8) / .3)^2, std unbiased over the neighbours.
     """
     near = images[:, :, index]
     # by hand, since torch's std along an inner dimension takes several times as long
     centred = near - near.mean(2, keepdim=True)
     spread = (centred.square_().sum(2, keepdim=True) / (len(index) - 1)).sqrt() + 1e-8
     colour = near.sub_(images[:, :, None]).square_().mul_(-1 / (spread * BANDWIDTH).square()).mean(1)
-    distance = torch.tensor([d * math.hypot(*step) for d in dilations for step in AROUND], dtype=images.dtype)
-    position = -(distance / (distance.std() + 1e-8) / BANDWIDTH).square()
-    return colour.softmax(1) + POSITION * position.softmax(0).to(images.device)[:, None]
+    return colour.softmax(1) + POSITION * position.to(images.dtype)[:, None]
 
 
 @torch.no_grad()
@@ -152,16 +159,16 @@ def refine(
         raise ValueError(f"dilations are {tuple(dilations)}; at least one is needed and all must be at least 1")
     images, size = widened(images), (images.shape[2], images.shape[3])
     masks = F.interpolate(widened(masks), size=size, mode="bilinear", align_corners=True).to(images.dtype)
-    index = neighbours(size, dilations, images.device)
+    around = neighbourhood(size, tuple(dilations), images.device)
     parts = zip(images.split(chunk or len(images)), masks.split(chunk or len(images)), strict=True)
-    return torch.cat([propagated(part, planes, index, dilations, iterations) for part, planes in parts])
+    return torch.cat([propagated(part, planes, *around, iterations) for part, planes in parts])
 
 
-def propagated(images: Tensor, masks: Tensor, index: Tensor, dilations: Sequence[int], iterations: int) -> Tensor:
+def propagated(images: Tensor, masks: Tensor, index: Tensor, position: Tensor, iterations: int) -> Tensor:
     """`refine` of images and masks of one size. A sum over weighted rows of a table is what an embedding bag is, so
     the 48 shifted copies of the masks are never made."""
     batch, planes, height, width = masks.shape
-    weight = pixel_affinity(images.flatten(2), index, dilations).mT.flatten(0, 1).contiguous()
+    weight = pixel_affinity(images.flatten(2), index, position).mT.flatten(0, 1).contiguous()
     first = torch.arange(batch, device=index.device)[:, None, None] * (height * width)
     rows = (index.mT + first).flatten(0, 1)
     table = masks.flatten(2).mT.flatten(0, 1).contiguous()
@@ -209,7 +216,7 @@ def refined_labels(
 
 @torch.no_grad()
 def threshold_counts(
-    cam: Tensor, tags: Tensor, truth: Tensor, thresholds: Sequence[float], ignore: int = IGNORE
+    cam: Tensor, tags: Tensor, truth: Tensor, thresholds: Sequence[float] = THRESHOLDS, ignore: int = IGNORE
 ) -> Tensor:
     """Confusion counts (T, K, K) int64 of `cam_labels` at every background threshold, K = C + 1, summed over images.
 
@@ -240,7 +247,7 @@ def curve_miou(counts: Tensor) -> Tensor:
     return iou(counts).masked_fill(counts.sum(-1) == 0, math.nan).nanmean(-1)
 
 
-def curve_report(counts: Tensor, thresholds: Sequence[float], fixed: float = 0.5) -> dict:
+def curve_report(counts: Tensor, thresholds: Sequence[float] = THRESHOLDS, fixed: float = 0.5) -> dict:
     """Mean IoU at every background threshold, at the best one (the lowest of equals) and at the fixed one, as floats.
 
     counts: (T, K, K) of `threshold_counts`, summed over the set. fixed: beta, one of the thresholds.
@@ -250,7 +257,7 @@ def curve_report(counts: Tensor, thresholds: Sequence[float], fixed: float = 0.5
     if fixed not in thresholds:
         raise ValueError(f"the fixed threshold {fixed} is not among the {len(thresholds)} that were counted")
     miou = [None if math.isnan(value) else value for value in curve_miou(counts).tolist()]
-    best = max(range(len(miou)), key=lambda at: (-1.0 if miou[at] is None else miou[at], -at))
+    best = max(range(len(miou)), key=lambda at: (miou[at] or 0.0, -at))
     marks = {"best": best, "fixed": list(thresholds).index(fixed)}
     return {"thresholds": list(thresholds), "miou": miou} | {
         name: {"threshold": thresholds[at], "miou": miou[at]} for name, at in marks.items()

@@ -6,9 +6,9 @@ any size from one patch: positions are resized to their grid, and a border that 
 the released codes).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -41,9 +41,10 @@ class Layout:
 LAYOUTS = {
     "vit_base_patch16_224": Layout(),
     "deit_base_patch16_224": Layout(),
-    # Ours, for scenes of 64 px. The convolutional stem is a deviation from the papers: with one convolution a patch,
-    # training from tags alone does not leave chance in the time that `mini` has.
-    "vit-mini": Layout(64, 4, 4, 4, 16, 2, ((16, 2), (24, 1), (48, 2))),
+    # Ours, for scenes of 64 px: 16 x 16 tokens, since the CAMs of 8 x 8 do not follow a garment. The convolutional stem
+    # is a deviation from the papers: with one convolution a patch, training from tags alone does not leave chance in
+    # the time that `mini` has.
+    "vit-mini": Layout(48, 4, 2, 4, 16, 2, ((24, 2), (48, 2), (48, 1))),
 }
 
 
@@ -53,7 +54,7 @@ class Tokens(NamedTuple):
     class_tokens: (B, C, D) and patches: (B, N, D), after the final LayerNorm
     auxiliary: (B, N, D), patches as the auxiliary block puts them out, without LayerNorm
     grid: (h, w); patches go row by row
-    attention: maps (B, heads, C + N, C + N) of the blocks that were asked for, by index from 0; rows sum to 1
+    attention: maps (B, heads, C + N, C + N) of the blocks that were asked for, by index from 0: queries in rows
     """
 
     class_tokens: Tensor
@@ -78,24 +79,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, hidden: int, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Mixed tokens (B, T, D), and if wanted the maps (B, heads, T, T).
+        """Mixed tokens (B, T, D), and if wanted their scores (B, heads, T, T), whose softmax is the attention.
 
         hidden: that many leading tokens are attended to by nobody, themselves included, but attend to the others.
         """
         query, key, value = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        key, value, attention = key[:, :, hidden:], value[:, :, hidden:], None
+        key, value, scores = key[:, :, hidden:], value[:, :, hidden:], None
         if wanted:
-            seen = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
-            mixed, attention = seen @ value, F.pad(seen, (hidden, 0))
+            seen = query @ key.mT / query.shape[-1] ** 0.5
+            mixed, scores = seen.softmax(-1) @ value, F.pad(seen, (hidden, 0), value=-math.inf)
         else:
             mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).flatten(2)), attention
+        return self.proj(mixed.transpose(1, 2).flatten(2)), scores
 
     def values(self, x: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """The same with every token attending to itself alone: W_proj (W_v x + b_v) + b_proj."""
         width = x.shape[2]
         out = self.proj(F.linear(x, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :]))
-        itself = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        itself = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).log() if wanted else None
         return out, itself.expand(len(x), self.heads, -1, -1) if wanted else None
 
 
@@ -123,9 +124,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, hidden: int, mixes: bool, wanted: bool) -> tuple[Tensor, Tensor | None]:
         seen = self.norm1(x)
-        change, attention = self.attn(seen, hidden, wanted) if mixes else self.attn.values(seen, wanted)
+        change, scores = self.attn(seen, hidden, wanted) if mixes else self.attn.values(seen, wanted)
         x = x + change
-        return x + self.mlp(self.norm2(x)), attention
+        return x + self.mlp(self.norm2(x)), scores
 
 
 class PatchEmbed(nn.Module):
@@ -191,7 +192,7 @@ class ViT(nn.Module):
         if token.shape[1] == 1:
             tensors["cls_token"] = token.repeat(1, self.class_tokens, 1)
             first = first.repeat(1, self.class_tokens, 1)
-        side = isqrt(rest.shape[1])
+        side = math.isqrt(rest.shape[1])
         if side**2 == rest.shape[1]:
             rest = resized(rest, (side, side), (self.grid, self.grid))
         tensors["pos_embed"] = torch.cat([first, rest], dim=1)
@@ -211,23 +212,29 @@ class ViT(nn.Module):
         return torch.cat([(self.cls_token + first).expand(len(x), -1, -1), patches], dim=1), grid
 
     def block(self, index: int, tokens: Tensor, wanted: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, C + N, D) after block `index`, counted from 0, and its attention (B, heads, T, T) if wanted."""
+        """Tokens (B, C + N, D) after block `index`, counted from 0, and its scores (B, heads, T, T) if wanted."""
         mixes = not (self.value_only and index == self.depth - 1)
         return self.blocks[index](tokens, self.hidden, mixes, wanted)
 
-    def forward(self, x: Tensor, attention: Sequence[int] = ()) -> Tokens:
+    def forward(self, x: Tensor, attention: Sequence[int] = (), softmax: bool = True) -> Tokens:
         """Tokens of normalised images x (B, channels, H, W).
 
-        attention: indices of the blocks whose maps are wanted, -depth <= i < depth. Such a block holds all maps in
-            memory; the map of a value-only block is the identity.
+        attention: indices of the blocks whose maps are wanted, -depth <= i < depth; each map is held in memory. That
+            of a value-only block is the identity.
+        softmax: maps whose rows sum to 1; without it the scores q . k / sqrt(D / heads) behind them, minus infinity
+            where nobody looks. (AFA's affinity reads scores, in its released code without the square root.)
+        Raises ValueError for blocks that do not exist, and for images smaller than a patch.
         """
-        wanted = {range(self.depth)[index] for index in attention}
+        unknown = [index for index in attention if not -self.depth <= index < self.depth]
+        if unknown:
+            raise ValueError(f"there are no blocks {unknown}; this ViT has {-self.depth} to {self.depth - 1}")
+        wanted = {index % self.depth for index in attention}
         tokens, grid = self.embed(x)
         maps, auxiliary = {}, tokens
         for index in range(self.depth):
-            tokens, seen = self.block(index, tokens, index in wanted)
-            if seen is not None:
-                maps[index] = seen
+            tokens, scores = self.block(index, tokens, index in wanted)
+            if scores is not None:
+                maps[index] = scores.softmax(-1) if softmax else scores
             if index == self.auxiliary:
                 auxiliary = tokens
         auxiliary = auxiliary[:, self.class_tokens :]
