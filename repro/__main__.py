@@ -13,12 +13,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     from repro.checkpoints import CorruptFile
     from repro.data.images import DataError
+    from repro.models.pretrained import WeightsError
     from repro.runs import RunBusy
     from repro.training import NonFiniteLoss
 
     try:
         return options.call(options)
-    except (SettingError, DataError) as error:
+    except (SettingError, DataError, WeightsError) as error:
         print(f"repro: {error}", file=sys.stderr)
         return 2
     except (CorruptFile, RunBusy, NonFiniteLoss, OSError) as error:

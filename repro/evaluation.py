@@ -85,8 +85,9 @@ RANGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)  # of confidence, (lo, hi]
 class PixelMonitor:
     """Coverage, accuracy, confidence and ECE of the pseudo-labels of pixels, in all and by range of confidence.
 
-    truth: (N, H, W) uint8 hidden masks by pool index, 255 where unknown; None where even the report has none: then
-    only what needs no truth is told. Padding counts for nothing. Sums stay on the device until `read`.
+    truth: (N, H, W) uint8 hidden masks by pool index, 255 where unknown; None where even the report has none. Pixels of
+    unknown truth count for coverage and shares only, padding for nothing. device: of the pseudo-labels, where there is
+    no truth to tell it. bins: of the ECE. Sums stay on the device until `read`.
     """
 
     def __init__(self, truth: Tensor | None, device: torch.device | str = "cpu", bins: int = 15) -> None:
@@ -124,7 +125,11 @@ class PixelMonitor:
             sums["known"].add(confidence, correct, weight * known)
 
     def read(self) -> dict[str, dict]:
-        """By kind: coverage, accuracy, confidence, ece since the last call, and the same by `ranges`."""
+        """By kind: coverage, accuracy, confidence, ece since the last call, by weight; None for a mean over nothing.
+
+        ranges: their `edges` (E + 1) and lists of E by (lo, hi]: `share` of the pixels, `coverage` (mean weight),
+        `accuracy` by weight, `all_accuracy` regardless of weight.
+        """
         told = {}
         for kind, sums in self.sums.items():
             rows = sums["sums"].ranges.to("cpu", copy=True)

@@ -66,17 +66,37 @@ class LabelRecipe(Recipe):
 class MaskRecipe(Recipe):
     """A recipe for segmentation from few masks. Defaults are CSL's on Pascal (released configuration)."""
 
-    output_stride: int = hyper(8, source="CSL; UniMatch 16. resnet-mini, of half the strides, has half", choices=(8, 16))
+    output_stride: int = hyper(8, source="CSL; UniMatch 16. resnet-mini, half the strides, has half", choices=(8, 16))
     weights: str = hyper("pretrained", source="ImageNet, or a stand-in at mini; `scratch`, a file or a hub id")
     crop: int = hyper(321, source="UniMatch, CSL; 801 on Cityscapes", low=16)
-    scale_low: float = hyper(0.5, source="UniMatch, CSL: smallest long side of a training view", low=0.05)
-    scale_high: float = hyper(2.0, source="UniMatch, CSL: largest long side of a training view", low=0.05)
+    scale_low: float = hyper(0.5, source="UniMatch, CSL: smallest long side of a training view, relative", low=0.05)
+    scale_high: float = hyper(2.0, source="UniMatch, CSL: largest long side of a training view, relative", low=0.05)
     labelled_loss: str = hyper("ce", source="UniMatch, CSL: OHEM on Cityscapes", choices=("ce", "ohem"))
     head_factor: float = hyper(10.0, source="learning rate outside the backbone; 1 on Cityscapes", low=0)
     window: int = hyper(0, source="side of the evaluation's sliding window, 801 on Cityscapes; 0: whole images", low=0)
     images: int = hyper(0, source="ours: training images of the embedded scenes; 0 for published sets", low=0)
     tests: int = hyper(0, source="ours: test images of the embedded scenes; 0 for published sets", low=0)
     lists: str = hyper("own", source="published lists of Pascal's blended splits", choices=("own", "u2pl"))
+
+
+@dataclass(frozen=True)
+class TagRecipe(Recipe):
+    """A recipe for segmentation from image tags. Defaults are PCRE's on Pascal (released code)."""
+
+    weights: str = hyper("pretrained", source="ImageNet, or a stand-in at mini; `scratch`, a file or a hub id")
+    auxiliary: int = hyper(-3, source="ToCo, DuPL, PCRE: block whose patches feed the auxiliary classifier")
+    crop: int = hyper(448, source="ToCo, DuPL, PCRE", low=16)
+    scale_low: float = hyper(0.5, source="ToCo, PCRE: smallest long side of a training view", low=0.05)
+    scale_high: float = hyper(2.0, source="ToCo, PCRE: largest long side of a training view", low=0.05)
+    head_factor: float = hyper(10.0, source="ToCo, PCRE: learning rate of classifiers and head", low=0)
+    cam_scales: str = hyper("1,0.5,0.75,1.5", source="PCRE, with flips; ToCo and DuPL 1, .5, 1.5")
+    cam_low: float = hyper(0.25, source="PCRE: at most this is background", low=0, high=1)
+    cam_high: float = hyper(0.7, source="PCRE: above this is a class", low=0, high=1)
+    beta: float = hyper(0.5, "beta", "PCRE, Tab. 1b: background of hard labels when CAMs are evaluated", low=0, high=1)
+    warm_up: float = hyper(0.1, source="PCRE: share of training before the head learns", low=0, high=1)
+    size: int = hyper(448, source="PCRE: side that images have when they are evaluated", low=16)
+    images: int = hyper(0, source="ours: training images of the embedded scenes; 0 for published sets", low=0)
+    tests: int = hyper(0, source="ours: test images of the embedded scenes; 0 for published sets", low=0)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """One run: one execution of an experiment in a folder of its own, and the record of how it came about.
 
-A run folder holds `experiment.json` (what was asked), `history.jsonl` and `checkpoint.safetensors` while training, then
-`weights.safetensors` (EMA network), `outputs.safetensors` (arrays for figures) and, last of all, `metrics.json`. A run
-is finished exactly when `metrics.json` exists.
+A run folder holds `experiment.json` (what was asked), `history.jsonl`, `checkpoint.safetensors` and of segmentation
+`moments/` (arrays for figures, at ten evaluations at most) while training, then `weights.safetensors` (EMA network),
+`outputs.safetensors` (arrays for figures) and, last of all, `metrics.json`. A run is finished exactly when
+`metrics.json` exists.
 """
 
 import contextlib
@@ -66,7 +67,8 @@ def execute(
 
     root: folder of runs. data_root: folder of local data sets. device: `auto`, `cpu`, `cuda`, `cuda:1`...
     on_step: called as (steps done, steps in all, last row) while training.
-    Raises DataError, SettingError (bad input, before work starts), RunBusy, NonFiniteLoss, Interrupted, CorruptFile.
+    Raises DataError, SettingError, WeightsError (bad input, before work starts), RunBusy, NonFiniteLoss, Interrupted,
+    CorruptFile.
     """
     folder = folder_of(experiment, root)
     if (folder / "metrics.json").exists():
@@ -75,7 +77,7 @@ def execute(
     with _lock(folder):
         if (folder / "metrics.json").exists():
             return load_metrics(folder)
-        for part in folder.glob(".*.part"):  # left by a kill in the middle of a write
+        for part in folder.rglob(".*.part"):  # left by a kill in the middle of a write
             part.unlink()
         return _execute(experiment, folder, data_root, chosen, on_step)
 
@@ -87,7 +89,7 @@ def _execute(experiment, folder, data_root, device, on_step) -> dict:
         task = PAPERS[experiment.paper].task(experiment).prepare(experiment, recipe, device, data_root)
         saved = record(experiment) | {"data_digest": task.data_digest}
         _claim(folder, saved)
-        started, origin = time.monotonic(), provenance(device, recipe)
+        started, origin = time.monotonic(), provenance(device, recipe) | {"weights": task.weights}
         network, history = train(
             task.method, task.pool, recipe, folder, seed=experiment.seed, evaluate=task.evaluate, monitor=task.monitor,
             generators=task.generators, moments=task.moments, on_step=on_step,
@@ -131,7 +133,10 @@ def load_outputs(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_moments(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
-    """Step -> the arrays that a run kept at that evaluation, in rising order; {} where its method keeps none."""
+    """Step -> the arrays that a run kept at that evaluation, in rising order; {} where its task keeps none.
+
+    Raises CorruptFile.
+    """
     found = {int(path.stem): path for path in (Path(folder) / MOMENTS).glob("*.safetensors")}
     return {step: load_state(found[step]) for step in sorted(found)}
 

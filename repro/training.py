@@ -40,7 +40,7 @@ class Interrupted(KeyboardInterrupt):
 class Items:
     """Samples of one stream: pool indices (n,), images (n, C, H, W) uint8, labels (n, ...), hidden ones -1.
 
-    Of masks: labels (n, H, W) uint8, 255 where hidden or void.
+    Of masks: labels (n, H, W) uint8, 255 where hidden or void, 254 where a loader padded.
     """
 
     index: Tensor
@@ -152,7 +152,7 @@ class Task:
     """Everything that one run needs, on its device.
 
     The loop's arguments, the arrays to keep at its end (`outputs` of the EMA network), and further metrics that follow
-    from those arrays (`after`).
+    from those arrays (`after`). weights: where pretrained weights come from, empty without them.
     """
 
     method: Method
@@ -164,6 +164,7 @@ class Task:
     after: Callable[[dict[str, Tensor]], dict]
     data_digest: str
     moments: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    weights: dict[str, str] = field(default_factory=dict)
 
 
 class IndexStream:

@@ -12,8 +12,9 @@ from torch import nn
 
 from repro.checkpoints import load_state, save_state
 from repro.data.augment import Views
-from repro.evaluation import REPORTING, PseudoLabelMonitor, measure, predict, report
-from repro.training import PseudoLabels
+from repro.data.mask_views import MaskViews
+from repro.evaluation import RANGES, REPORTING, PixelMonitor, PseudoLabelMonitor, measure, predict, report
+from repro.training import PixelLabels, PseudoLabels
 
 VIEWS = Views((0.5,), (0.25,), flip=True, generator=torch.Generator())
 
@@ -158,6 +159,151 @@ def test_a_monitor_continues_from_a_checkpoint(tmp_path):
     assert same(second.read(), expected(truth, steps))
 
 
+# Pseudo-labels of pixels
+
+
+def draw_pixels(seed, truth, scale=(0.5, 2.0), crop=9, batch=5):
+    """One step's crops over hidden masks (N, H, W), and the hidden labels of the crops, from images that show them."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(len(truth), generator=generator)[:batch]
+    views = MaskViews(crop, scale, generator=generator)
+    moved = views.crop(truth[index][:, None].expand(-1, 3, -1, -1).contiguous(), truth[index])
+    shape = (batch, crop, crop)
+    edges = torch.tensor(RANGES)[torch.randint(1, len(RANGES), shape, generator=generator)]
+    confidence, weight, on_edge, chosen, right, padded = torch.rand(6, *shape, generator=generator)
+    confidence = torch.where(on_edge < 0.2, edges, confidence)
+    weight = weight * (chosen < 0.7)
+    label = torch.where(right < 0.6, moved.masks.long(), 1)
+    valid = ~moved.padding & (padded < 0.9)  # a loader may have padded, too
+    pixels = PixelLabels(index, label, weight, confidence, valid, moved.window)
+    return pixels, moved
+
+
+def pixel_quality(steps, unknown=False):
+    """Loops over pixels: in all, and by range (lo, hi] of confidence."""
+    rows = []
+    for pixels, crop in steps:
+        for at in np.ndindex(pixels.label.shape):
+            if pixels.valid[at]:
+                truth = 255 if unknown else crop.masks[at].item()
+                right = pixels.label[at].item() == truth if truth != 255 else None
+                rows.append((pixels.confidence[at].item(), float(pixels.weight[at]), right))
+
+    def mean(values, weights=None):
+        weights = [1.0] * len(values) if weights is None else weights
+        return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights) if sum(weights) else None
+
+    known = [(c, w, r) for c, w, r in rows if r is not None]
+    bins = [[(c, w, r) for c, w, r in known if np.float32(k / 15) < np.float32(c) <= np.float32((k + 1) / 15)]
+            for k in range(15)]  # fmt: skip
+    total = sum(w for _, w, _ in known)
+    ranges = {name: [] for name in ("share", "coverage", "accuracy", "all_accuracy")}
+    for low, high in zip(RANGES, RANGES[1:], strict=False):
+        part = [row for row in rows if np.float32(low) < np.float32(row[0]) <= np.float32(high)]
+        told = [row for row in part if row[2] is not None]
+        ranges["share"].append(len(part) / len(rows) if rows else None)
+        ranges["coverage"].append(mean([w for _, w, _ in part]))
+        ranges["accuracy"].append(mean([r for _, _, r in told], [w for _, w, _ in told]))
+        ranges["all_accuracy"].append(mean([r for _, _, r in told]))
+    return {
+        "coverage": mean([w for _, w, _ in rows]),
+        "accuracy": mean([r for _, _, r in known], [w for _, w, _ in known]),
+        "confidence": mean([c for c, _, _ in known], [w for _, w, _ in known]),
+        "ece": sum(abs(sum(w * (c - r) for c, w, r in part)) for part in bins) / total if total else None,
+        "ranges": {"edges": list(RANGES), **ranges},
+    }
+
+
+def agree(a, b):
+    """Nested dicts and lists of numbers and None, to nine digits (a weight of float32 is one of float64)."""
+    if isinstance(b, dict):
+        return a.keys() == b.keys() and all(agree(a[name], b[name]) for name in b)
+    if isinstance(b, list):
+        return len(a) == len(b) and all(agree(x, y) for x, y in zip(a, b, strict=True))
+    return a is b is None or (a is not None and b is not None and a == pytest.approx(b, rel=1e-9, abs=1e-12))
+
+
+@pytest.fixture(scope="module")
+def masks():
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(4, (8, 12, 10), generator=generator, dtype=torch.uint8)
+    return drawn.masked_fill(torch.rand(drawn.shape, generator=generator) < 0.2, 255)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pixel_monitor_agrees_with_loops_and_starts_afresh(masks, seed):
+    monitor = PixelMonitor(masks)
+    for count in (1, 2):
+        steps = [draw_pixels(10 * seed + i, masks) for i in range(count)]
+        for pixels, _ in steps:
+            monitor.observe({"pixels": pixels})
+        (told,) = monitor.read().values()
+        assert agree(told, pixel_quality(steps))
+        assert sum(told["ranges"]["share"]) == pytest.approx(1)
+    empty = monitor.read()["pixels"]
+    assert {v for name, v in empty.items() if name != "ranges"} == {None}
+    assert all(set(values) == {None} for name, values in empty["ranges"].items() if name != "edges")
+    json.dumps(empty, allow_nan=False)
+
+
+def test_hidden_masks_move_with_the_crops(masks):
+    """Cut out and mirrored, not resized: the crop's own pixels, which are the masks, tell the truth exactly."""
+    pixels, crop = draw_pixels(3, masks, scale=(1, 1), crop=7)
+    truth = crop.images[:, 0].long()
+    told = PixelLabels(pixels.index, truth, crop.masks != 255, pixels.confidence, ~crop.padding, pixels.window)
+    monitor = PixelMonitor(masks)
+    monitor.observe({"pixels": told})
+    read = monitor.read()["pixels"]
+    assert read["accuracy"] == 1 and read["coverage"] == pytest.approx((truth != 255).double().mean().item())
+    assert {value for value in read["ranges"]["all_accuracy"] if value is not None} == {1.0}
+
+
+def test_a_confidence_on_an_edge_belongs_below_it_and_padding_nowhere(masks):
+    confidence = torch.tensor([*RANGES[1:], 0.0, 0.98]).view(1, 3, 3)
+    valid = torch.ones(1, 3, 3, dtype=torch.bool)
+    valid[0, 2, 2] = False  # the last one is padding
+    crop = MaskViews(3, (1, 1), generator=torch.Generator()).crop(
+        torch.zeros(1, 3, 3, 3, dtype=torch.uint8), torch.zeros(1, 3, 3, dtype=torch.uint8)
+    )
+    monitor = PixelMonitor(torch.zeros(1, 3, 3, dtype=torch.uint8))
+    zeros = torch.zeros(1, 3, 3, dtype=torch.int64)
+    monitor.observe({"pixels": PixelLabels(torch.tensor([0]), zeros, valid, confidence, valid, crop.window)})
+    ranges = monitor.read()["pixels"]["ranges"]
+    assert ranges["share"] == [2 / 8] + [1 / 8] * 6 and ranges["coverage"] == [1.0] * 7
+
+
+def test_without_truth_only_coverage_and_shares_are_told(masks):
+    steps = [draw_pixels(seed, masks) for seed in (1, 2)]
+    monitor = PixelMonitor(None)
+    for pixels, _ in steps:
+        monitor.observe({"pixels": pixels})
+    told = monitor.read()["pixels"]
+    assert agree(told, pixel_quality(steps, unknown=True))
+    assert told["coverage"] > 0 and told["accuracy"] is told["confidence"] is told["ece"] is None
+    assert set(told["ranges"]["accuracy"]) == set(told["ranges"]["all_accuracy"]) == {None}
+
+
+def test_a_pixel_monitor_continues_from_a_checkpoint(masks, tmp_path):
+    steps = [draw_pixels(seed, masks) for seed in range(4)]
+    first, second = PixelMonitor(masks), PixelMonitor(masks)
+    for pixels, _ in steps[:2]:
+        first.observe({"pixels": pixels})
+    save_state(tmp_path / "state", {"monitor": first.state_dict()})
+    second.load_state_dict(load_state(tmp_path / "state")["monitor"])
+    for pixels, _ in steps[2:]:
+        for monitor in (first, second):
+            monitor.observe({"pixels": pixels})
+    assert second.read() == first.read()
+
+
+def test_kinds_of_pixels_are_kept_apart(masks):
+    (one, crop), (two, other) = (draw_pixels(seed, masks) for seed in (5, 6))
+    monitor = PixelMonitor(masks)
+    monitor.observe({"weak": one, "mixed": two})
+    told = monitor.read()
+    assert agree(told, {"weak": pixel_quality([(one, crop)]), "mixed": pixel_quality([(two, other)])})
+
+
 # Reporting rules
 
 
@@ -183,6 +329,26 @@ def test_reporting_rules(count):
     }  # fmt: skip
     assert np.median(errors[-20:]) == median["error"], "no rounding to float32 on the way"
     assert all(report(rows, rule, "live")["error"] == 1.0 for rule in REPORTING)
+
+
+def mask_evaluations(mious):
+    rows = [{"miou": value, "boundary_f": None if i % 2 else i / 10, "iou": [0.5], "pixels": 9, "at": float(i)}
+            for i, value in enumerate(mious)]  # fmt: skip
+    return [{"kind": "evaluation", "step": i, "live": row, "ema": row} for i, row in enumerate(rows)]
+
+
+def test_the_best_miou_is_the_highest_and_of_equals_the_first():
+    rows = mask_evaluations([0.2, None, 0.7, 0.5, 0.7])
+    assert report(rows, "best", metric="miou") == rows[2]["ema"] | {"selected_on_test": True}
+    assert report(rows, "last", metric="miou") == rows[4]["ema"]
+    nothing = report(mask_evaluations([None, None]), "best", metric="miou")
+    assert nothing["at"] == 1 and nothing["miou"] is None and nothing["selected_on_test"]
+
+
+def test_medians_are_of_defined_values_and_counts_have_none():
+    median = report(mask_evaluations([0.2, None, 0.7, 0.6]), "median20", metric="miou")
+    assert median == {"miou": 0.6, "boundary_f": pytest.approx(0.1), "at": 1.5}
+    assert "miou" not in report(mask_evaluations([None]), "median20", metric="miou")
 
 
 def test_a_report_needs_an_evaluation_and_a_known_rule():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.collections import PolyCollection
 
-from repro import calibration, plots, style
+from repro import calibration, plots, report, style
 from repro.experiment import Experiment, resolve
 from repro.grids import Column
 from repro.methods.few_labels import commatch
@@ -166,9 +166,9 @@ def test_every_method_of_every_paper_has_a_style_of_its_own():
 
 
 def test_every_paper_has_figures_and_their_names_are_unique(tmp_path):
-    assert set(plots.FIGURES) == set(PAPERS)
+    assert set(report.FIGURES) == set(PAPERS)
     write_run(tmp_path, COMMATCH)
-    for draw in plots.FIGURES.values():
+    for draw in report.FIGURES.values():
         names = [name for name, _, _ in draw("tiny", (0,), tmp_path)]
         assert len(set(names)) == len(names)
-    assert "instability" in [name for name, _, _ in plots.FIGURES["commatch"]("tiny", (0,), tmp_path)]
+    assert "instability" in [name for name, _, _ in report.FIGURES["commatch"]("tiny", (0,), tmp_path)]

@@ -24,7 +24,7 @@ from repro.methods.few_labels import task
 from repro.models.wide_resnet import wide_resnet
 from repro.runs import RunBusy, execute
 from repro.settings import SettingError
-from repro.training import CHECKPOINT, Interrupted
+from repro.training import CHECKPOINT, MOMENTS, Interrupted
 
 FAST = {"steps": 6, "batch": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 3}
 SUPERVISED = Experiment("commatch", "supervised", "fashion", 100, 0, "tiny", FAST)
@@ -132,6 +132,15 @@ def test_metrics_say_what_was_run_what_came_out_and_how(root, experiment):
     assert cost["samples_per_second"] * cost["train_seconds"] == pytest.approx(samples, rel=1e-6)
 
 
+def test_the_summary_selects_by_the_metric_that_the_paper_names(tmp_path):
+    history = History(tmp_path)
+    for step, (live, ema) in enumerate(((0.2, 0.9), (0.7, 0.8), (0.5, 0.6))):
+        history.append({"kind": "evaluation", "step": step, "live": {"miou": live}, "ema": {"miou": ema}})
+    reported = runs.summary(history, "miou")
+    assert {rule: reported[rule]["live"]["miou"] for rule in REPORTING} == {"last": 0.5, "median20": 0.5, "best": 0.7}
+    assert reported["best"]["ema"] == {"miou": 0.9, "selected_on_test": True}
+
+
 def test_provenance_names_code_packages_and_machine(root):
     provenance = runs.load_metrics(runs.folder_of(SUPERVISED, root))["provenance"]
     assert provenance["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -195,6 +204,27 @@ def test_a_second_call_reads_and_touches_nothing(root, monkeypatch):
 def test_the_first_call_returns_what_the_file_says(tmp_path, root):
     assert execute(SUPERVISED, tmp_path) == runs.load_metrics(runs.folder_of(SUPERVISED, tmp_path))
     same_result(runs.folder_of(SUPERVISED, tmp_path), runs.folder_of(SUPERVISED, root))
+
+
+def test_moments_are_read_in_the_order_of_their_steps(tmp_path):
+    expected = {step: {"confidence": torch.rand(2, 3), "label": torch.full((2, 3), step % 256).byte()}
+                for step in (1000, 30, 200, 4)}  # fmt: skip
+    for step, arrays in expected.items():
+        checkpoints.save_state(tmp_path / MOMENTS / f"{step}.safetensors", arrays)
+    (tmp_path / MOMENTS / ".5.safetensors.abc.part").write_text("what a kill in the middle of a write leaves")
+    found = runs.load_moments(tmp_path)
+    assert list(found) == [4, 30, 200, 1000]
+    for step, arrays in found.items():
+        assert arrays.keys() == expected[step].keys()
+        assert all(torch.equal(arrays[name], expected[step][name]) for name in arrays)
+    path = tmp_path / MOMENTS / "30.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptFile, match="30.safetensors cannot be read"):
+        runs.load_moments(tmp_path)
+
+
+def test_a_run_without_moments_has_none(root, tmp_path):
+    assert runs.load_moments(runs.folder_of(SUPERVISED, root)) == {} == runs.load_moments(tmp_path / "nowhere")
 
 
 # Kills

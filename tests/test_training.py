@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repro.checkpoints import CorruptFile
+from repro.checkpoints import CorruptFile, load_state
 from repro.history import History
 from repro.training import (
     CHECKPOINT,
+    MOMENTS,
+    MOMENTS_KEPT,
     IndexStream,
     Interrupted,
     Losses,
@@ -141,6 +143,92 @@ def test_stages_and_epochs_are_announced(tmp_path):
     assert method.starts.item() == 3 and method.epochs.item() == 9
     assert method.visits.sum().item() == 36 * 8
     assert [row["step"] for row in history.of("evaluation")] == [6, 12, 18, 24, 30, 36]
+
+
+# Moments
+
+
+def total(network):
+    """What the test's moments hold: the sum of all parameters."""
+    return {"sum": sum(p.detach().double().sum() for p in network.parameters())}
+
+
+def run_with_moments(tmp_path, name="run", fail_at=None, moments=total, **options):
+    """Train, keeping moments; `fail_at` raises in the middle of that step, without a checkpoint."""
+    method, pool, recipe, folder, settings = make(tmp_path, name, **options)
+    original = method.losses
+
+    def losses(batch, now):
+        if now.stage * recipe.steps + now.step == fail_at:
+            raise RuntimeError("power cut")
+        return original(batch, now)
+
+    method.losses = losses
+    train(method, pool, recipe, folder, moments=moments, **settings)
+    return method, folder
+
+
+def steps_kept(folder):
+    return sorted(int(path.stem) for path in (folder / MOMENTS).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"steps": 12, "eval_every": 6}, [6, 12]),
+        ({"steps": 12, "eval_every": 5}, [5, 10, 12]),  # and the end
+        ({"steps": 12, "eval_every": 50}, [12]),
+        ({"steps": 9, "eval_every": 1}, [*range(1, 10)]),  # fewer evaluations than are kept: all
+        ({"steps": 12, "eval_every": 6, "rounds": 2}, [6, 12, 18, 24]),
+        # more evaluations: the first at or after each tenth, 3.6, 7.2, 10.8, ...
+        ({"steps": 36, "eval_every": 1}, [4, 8, 11, 15, 18, 22, 26, 29, 33, 36]),
+        ({"steps": 18, "eval_every": 1, "rounds": 2}, [4, 8, 11, 15, 18, 22, 26, 29, 33, 36]),
+        ({"steps": 35, "eval_every": 3}, [6, 9, 12, 15, 18, 21, 27, 30, 33, 35]),
+    ],
+    ids=str,
+)
+def test_moments_are_kept_at_evaluations_ten_at_most(tmp_path, options, kept):
+    _, folder = run_with_moments(tmp_path, **options)
+    assert steps_kept(folder) == kept and len(kept) <= MOMENTS_KEPT
+    every, end = options["eval_every"], options["steps"] * options.get("rounds", 1)
+    evaluations = [step for step in range(1, end + 1) if step % every == 0 or step == end]
+    tenths = {next(step for step in evaluations if 10 * step >= k * end) for k in range(1, 11)}
+    assert set(kept) == tenths
+
+
+def test_a_moment_is_of_the_live_network_at_its_step(tmp_path):
+    """The last moment sees the method's own network, neither the average nor another step's."""
+    seen = []
+
+    def moments(network):
+        seen.append(network)
+        return total(network)
+
+    method, folder = run_with_moments(tmp_path, moments=moments, steps=6, eval_every=3)
+    assert all(network is method.network for network in seen) and len(seen) == 2
+    first, last = (load_state(folder / MOMENTS / f"{step}.safetensors") for step in (3, 6))
+    assert torch.equal(last["sum"], total(method.network)["sum"]) and not torch.equal(first["sum"], last["sum"])
+
+
+def test_without_moments_no_folder_is_made(tmp_path):
+    run(tmp_path)
+    assert not (tmp_path / "run" / MOMENTS).exists()
+
+
+@pytest.mark.parametrize("fail_at", [2, 6, 7, 11])
+def test_a_resumed_run_writes_the_same_moments_again(tmp_path, fail_at):
+    """After 6 and 7 the moment of step 6 is newer than the checkpoint of step 4."""
+    _, whole = run_with_moments(tmp_path, "whole", eval_every=2)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_with_moments(tmp_path, "cut", fail_at, eval_every=2)
+    before = steps_kept(tmp_path / "cut")
+    assert before == [step for step in (2, 4, 6, 8, 10, 12) if step <= fail_at]
+    _, cut = run_with_moments(tmp_path, "cut", eval_every=2)
+    names = [path.name for path in sorted((whole / MOMENTS).iterdir())]
+    assert names == [path.name for path in sorted((cut / MOMENTS).iterdir())] and len(names) == 6
+    for name in names:  # contents: the order of a file's metadata is not the same twice
+        first, second = (load_state(folder / MOMENTS / name) for folder in (whole, cut))
+        assert torch.equal(first["sum"], second["sum"]), name
 
 
 def test_killed_between_checkpoints_repeats_only_the_steps_since(tmp_path):

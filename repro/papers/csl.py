@@ -15,8 +15,8 @@ TITLE = "CSL: pixels separated by confidence, reliable ones masked"
 NOTE = (
     "The paper's equations and tables could not be had, so its published cells are not available. The method follows "
     "code that was read in parts and is held to be the authors'; where it and a second-hand account differ, both are a "
-    "parameter. Published numbers are those of UniMatch and CorrMatch. No weights are averaged: EMA weights are the live "
-    "ones."
+    "parameter. Published numbers are those of UniMatch and CorrMatch. No weights are averaged: EMA weights "
+    "are the live ones."
 )
 METHODS = ("supervised", "fixmatch", "unimatch", "csl")
 DATA = ("scenes", "voc", "cityscapes", "coco2017")

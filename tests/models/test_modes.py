@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from repro.models.modes import dropout_only, held_statistics, stochastic_logits, stochastic_probs
+from repro.models.modes import dropout_only, evaluating, held_statistics, stochastic_logits, stochastic_probs
 from repro.models.wide_resnet import wide_resnet
 
 
@@ -58,6 +58,26 @@ def test_held_statistics_still_gives_gradients(network, x):
     assert network.stem.weight.grad.abs().max() > 0
 
 
+def test_evaluating_is_eval_mode_for_a_while(network, x):
+    """Nothing draws, running averages serve and stay, gradients flow; a partly frozen network returns as it came."""
+    flags, state = modes(network), copy.deepcopy(network.state_dict())
+    quiet = copy.deepcopy(network).eval()
+    with evaluating(network):
+        assert not any(module.training for module in network.modules())
+        logits = network(x)
+        torch.testing.assert_close(logits, quiet(x), rtol=0, atol=0)
+        with evaluating(network):
+            assert torch.equal(network(x), logits)
+        assert not network.training
+        logits.square().sum().backward()
+    assert modes(network) == flags and same_state(state, network)
+    assert network.stem.weight.grad.abs().max() > 0
+    network.eval()
+    with evaluating(network):
+        pass
+    assert not any(module.training for module in network.modules())
+
+
 def test_dropout_only_is_eval_with_dropout(network, x):
     flags, state = modes(network), copy.deepcopy(network.state_dict())
     quiet = copy.deepcopy(network).eval()
@@ -72,7 +92,7 @@ def test_dropout_only_is_eval_with_dropout(network, x):
     assert modes(network) == flags and same_state(state, network)
 
 
-@pytest.mark.parametrize("mode", [held_statistics, dropout_only])
+@pytest.mark.parametrize("mode", [held_statistics, evaluating, dropout_only])
 def test_modes_return_after_an_exception_and_when_nested(network, x, mode):
     flags = modes(network)
     with pytest.raises(RuntimeError, match="stop"), held_statistics(network), mode(network):

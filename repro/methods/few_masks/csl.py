@@ -12,13 +12,12 @@ from torch import Tensor
 from repro.data.mask_views import hide, paste
 from repro.methods.few_masks.forward import MaskMethod, PixelTargets, detached, threshold_targets
 from repro.methods.few_masks.losses import weighted_cross_entropy
-from repro.methods.few_masks.separation import image_weights
+from repro.methods.few_masks.separation import FEATURES, FORMS, RULES, SCOPES, image_weights
 from repro.models.modes import held_statistics
 from repro.settings import check, hyper
 from repro.training import Items, Losses, Now
 
 SELECTIONS = ("gaussian", "hard", "threshold")
-FEATURES = ("both", "confidence", "dispersion")
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,9 @@ class CSLSettings:
     threshold: float = hyper(0.95, "tau", "ablation: of selection = threshold only", low=0, high=1)
     alpha: float = hyper(8.0, source="released code: squared width of the Gaussian", low=1e-6)
     features: str = hyper("both", source="released code; else: which z the weight reads", choices=FEATURES)
-    rule: str = hyper("or", source="released code; and: ablation", choices=("or", "and"))
-    scope: str = hyper("image", source="released code: one split an image", choices=("image", "class", "batch"))
-    form: str = hyper("released", source="of the residual variance; paper: second-hand", choices=("released", "paper"))
+    rule: str = hyper("or", source="released code; and: ablation", choices=RULES)
+    scope: str = hyper("image", source="released code: one split an image", choices=SCOPES)
+    form: str = hyper("released", source="of the residual variance; paper: second-hand", choices=FORMS)
     masking: str = hyper("reliable", source="released code", choices=("reliable", "random", "none"))
     ratio: float = hyper(0.7, source="released code: probability that a block is masked", low=0, high=1)
     block: int = hyper(32, source="released code: side of a block, pixels; 8 at mini", low=1)
@@ -42,7 +41,7 @@ class CSLSettings:
 def csl_targets(logits: Tensor, padding: Tensor, settings: CSLSettings) -> PixelTargets:
     """Pseudo-labels with their weights.
 
-    logits: (B, K, H, W) of a weak view, without gradient; padding: (B, H, W) bool.
+    logits: (B, K, H, W) of a weak view, whose gradient is cut here; padding: (B, H, W) bool.
     Source: spec sections 3.1 to 3.4 (released code).
     """
     if settings.selection == "threshold":
@@ -55,7 +54,10 @@ def csl_targets(logits: Tensor, padding: Tensor, settings: CSLSettings) -> Pixel
 
 
 class CSL(MaskMethod):
-    """L = (L_x + L_s / 4 + L_m / 4 + L_fp / 2) / 2."""
+    """L = (L_x + L_s / 4 + L_m / 4 + L_fp / 2) / 2.
+
+    Under bf16 the mix batch is predicted in bf16 as all else is; the code that was read seems to do so in float32.
+    """
 
     Settings = CSLSettings
 

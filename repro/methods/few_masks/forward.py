@@ -74,7 +74,7 @@ class PixelTargets:
 def threshold_targets(logits: Tensor, padding: Tensor, threshold: float) -> PixelTargets:
     """Pseudo-labels whose softmax probability reaches a threshold.
 
-    logits: (B, K, H, W) of a weak view, without gradient; padding: (B, H, W) bool.
+    logits: (B, K, H, W) of a weak view, whose gradient is cut here; padding: (B, H, W) bool. threshold: in [0, 1].
     Source: FixMatch and UniMatch (released code of UniMatch).
     """
     confidence, label = logits.detach().float().softmax(1).max(1)

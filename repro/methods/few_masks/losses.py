@@ -37,7 +37,7 @@ def ohem(logits: Tensor, labels: Tensor, threshold: float = OHEM_THRESHOLD, kept
         # where fewer than `kept` are labelled the value is infinite, and every labelled pixel counts
         limit = probability.kthvalue(max(kept, 1)).values.clamp(min=threshold)
     else:
-        limit = probability.new_tensor(torch.inf)
+        limit = torch.inf
     hard = known & (probability.view_as(loss) <= limit)
     return torch.where(hard, loss, 0.0).sum() / hard.sum().clamp(min=1)
 

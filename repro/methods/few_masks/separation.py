@@ -63,6 +63,8 @@ def confidence_features(probs: Tensor, form: str = "released") -> Features:
     confidence, label = probs.max(1)
     mean = (1 - confidence) / others
     spread = (probs - mean[:, None]).scatter_(1, label[:, None], 0).square_().sum(1)
+    if others == 1:
+        spread.zero_()  # one class has no spread, and in the paper's form its rounding would be all there is to split
     residual = (spread + mean.square()) / others if form == "released" else -spread / others
     return Features(confidence, residual, label)
 
@@ -221,7 +223,7 @@ def image_weights(
 
 def masked(x: Tensor, valid: Tensor) -> Tensor:
     """x in the widest floating type of its device, 0 where not valid. Shapes alike."""
-    return wide(x.masked_fill(~valid, 0))
+    return wide(torch.where(valid, x, 0))
 
 
 def mean_over(member: Tensor, x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ class SupervisedSettings:
 
 
 class Supervised(MaskMethod):
+    """L = L_x."""
+
     Settings = SupervisedSettings
 
     def streams(self, pool: Any, recipe: Any) -> dict[str, tuple[Tensor, int]]:

@@ -13,7 +13,7 @@ from repro import segmentation
 from repro.data.mask_views import MaskViews
 from repro.data.masks import IGNORE, draw_masks
 from repro.data.masks_sources import MASK_SOURCES, MaskFolder, draw_folder, open_masks
-from repro.data.scenes import scenes
+from repro.data.scenes import SIZES, scenes
 from repro.evaluation import PixelMonitor
 from repro.experiment import Experiment, MaskRecipe
 from repro.methods.few_masks import METHODS
@@ -41,7 +41,7 @@ def prepare(experiment: Experiment, recipe: MaskRecipe, device: torch.device, da
     scale = (recipe.scale_low, recipe.scale_high) if experiment.data == "scenes" else (1.0, 1.0)
     views = MaskViews(recipe.crop, scale, generator=generator).to(device)
     torch.manual_seed(experiment.seed)
-    network = build(recipe, classes)
+    network, weights = build(recipe, classes)
     method = METHODS[experiment.method](
         recipe.method, network, views, classes, LABELLED[recipe.labelled_loss], recipe.head_factor
     ).to(device)
@@ -57,7 +57,7 @@ def prepare(experiment: Experiment, recipe: MaskRecipe, device: torch.device, da
 
     def moments(net: nn.Module) -> dict[str, Tensor]:
         """Confidence, residual variance and label of the shown pool images, in eval mode."""
-        features = confidence_features(_scores(net, plain, recipe.window))
+        features = confidence_features(_probabilities(net, plain, recipe.window))
         return {"confidence": features.confidence, "residual": features.residual, "label": features.label.byte()}
 
     def outputs(net: nn.Module) -> dict[str, Tensor]:
@@ -65,31 +65,32 @@ def prepare(experiment: Experiment, recipe: MaskRecipe, device: torch.device, da
         kept = {"pool_index": shown, "pool_images": images, "pool_truth": masks}
         tests = [_fitted(*pair, recipe.crop) for pair in _first(_single(test()), SHOWN_TEST)]
         test_images, test_truth = (torch.stack(parts) for parts in zip(*tests, strict=True))
-        scores = _scores(net, views.plain(test_images.to(device)), recipe.window)
-        confidence, prediction = (scores / scores.sum(1, keepdim=True)).max(1)
+        confidence, prediction = _probabilities(net, views.plain(test_images.to(device)), recipe.window).max(1)
         kept |= {"test_images": test_images, "test_truth": test_truth}
         return kept | {"test_prediction": prediction.byte(), "test_confidence": confidence}
 
     generators = {"views": generator} | ({"crops": pool.generator} if hasattr(pool, "generator") else {})
     monitor = PixelMonitor(truth, device)
-    return Task(method, pool, monitor, generators, evaluate, outputs, lambda outputs: {}, digest, moments)
+    return Task(method, pool, monitor, generators, evaluate, outputs, lambda outputs: {}, digest, moments, weights)
 
 
-def build(recipe: MaskRecipe, classes: int) -> nn.Module:
-    """The recipe's DeepLabV3+, its backbone filled with pretrained weights unless `weights` is scratch."""
+def build(recipe: MaskRecipe, classes: int) -> tuple[nn.Module, dict[str, str]]:
+    """The recipe's DeepLabV3+, its backbone filled with pretrained weights unless `weights` is scratch, and where they
+    come from."""
     stride = recipe.output_stride // (2 if recipe.network == "resnet-mini" else 1)
     network = deeplab(recipe.network, classes, stride)
-    initialise(network.backbone, recipe.network, recipe.weights)
-    return network
+    return network, initialise(network.backbone, recipe.network, recipe.weights)
 
 
 def _embedded(experiment: Experiment, recipe: MaskRecipe, data_root: Path | None):
     """Pool, truth, shown pictures, test pairs and digest of the Fashion scenes."""
     if not (0 < experiment.labels <= recipe.images and recipe.tests):
         raise SettingError(
-            f"labels is {experiment.labels}, images {recipe.images}, tests {recipe.tests}: scenes show 1 to `images` masks "
-            "and are evaluated on at least one test"
+            f"labels is {experiment.labels}, images {recipe.images}, tests {recipe.tests}: scenes show 1 to `images` "
+            "masks and are evaluated on at least one test"
         )
+    if recipe.crop not in SIZES:
+        raise SettingError(f"crop is {recipe.crop}; scenes are made at the crop's size, {SIZES[0]} to {SIZES[-1]}")
     train, test = scenes("train", recipe.images, recipe.crop), scenes("test", recipe.tests, recipe.crop)
     pool, truth = draw_masks(train, experiment.labels, experiment.seed)
 
@@ -105,13 +106,11 @@ def _embedded(experiment: Experiment, recipe: MaskRecipe, data_root: Path | None
 
 def _folder(experiment: Experiment, recipe: MaskRecipe, data_root: Path | None):
     """The same of a published data set in its folders; its hidden masks are not opened, so there is no truth."""
-    source = MASK_SOURCES[experiment.data]
     train = open_masks(experiment.data, "train_aug" if experiment.data == "voc" else "train", data_root)
     test = open_masks(experiment.data, "val", data_root)
     budget = budget_of(experiment.data, experiment.labels, recipe.lists)
     scale = (recipe.scale_low, recipe.scale_high)
     pool = draw_folder(train, budget, experiment.seed, recipe.crop, scale)
-    assert budget == "all" or source.budgets[budget] == experiment.labels
 
     def pictures(count: int) -> tuple[Tensor, Tensor, Tensor]:
         index = _spread(pool.unlabelled, count)
@@ -168,11 +167,13 @@ def _fitted(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _scores(network: nn.Module, images: Tensor, window: int) -> Tensor:
+def _probabilities(network: nn.Module, images: Tensor, window: int) -> Tensor:
+    """(B, K, H, W) in eval mode, seen as in the evaluation; sums over windows are divided by their total."""
     with evaluating(network):
-        if window:
-            return segmentation.sliding_window(network, images, window)
-        return segmentation.whole_image(network, images)
+        if not window:
+            return segmentation.whole_image(network, images)
+        scores = segmentation.sliding_window(network, images, window)
+        return scores / scores.sum(1, keepdim=True)
 
 
 def _single(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,191 @@
+"""Losses: against torch on the kept pixels, sorting by brute force for OHEM, and sums by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from repro.methods.few_masks.losses import LABELLED, OHEM_KEPT, cross_entropy, ohem, weighted_cross_entropy
+
+
+def maps(seed, classes=4, size=(2, 5, 7), unknown=0.3):
+    """Logits (B, K, H, W) and uint8 labels, a part of them 255."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, height, width = size
+    logits = 2 * torch.randn(batch, classes, height, width, generator=generator)
+    labels = torch.randint(classes, size, generator=generator, dtype=torch.uint8)
+    return logits, labels.masked_fill(torch.rand(size, generator=generator) < unknown, 255)
+
+
+def kept_pixels(logits, labels):
+    """Logits (n, K) and labels (n,) of the pixels that are not 255."""
+    known = labels != 255
+    return logits.permute(0, 2, 3, 1)[known], labels[known].long()
+
+
+def sorted_ohem(logits, labels, threshold, kept):
+    """The mean loss of the hardest pixels, by sorting all of them."""
+    losses = F.cross_entropy(*kept_pixels(logits, labels), reduction="none")
+    probabilities = losses.neg().exp().numpy()
+    ordered = np.sort(probabilities)
+    limit = max(np.float32(threshold), ordered[kept - 1]) if kept <= len(ordered) else math.inf
+    chosen = losses.numpy()[probabilities <= limit]
+    return chosen.mean(dtype=np.float64) if len(chosen) else 0.0
+
+
+# Cross-entropy
+
+
+@examples(max_examples=30)
+@given(st.integers(0, 1000), st.sampled_from([2, 3, 21]))
+def test_cross_entropy_is_torchs_on_the_known_pixels(seed, classes):
+    logits, labels = maps(seed, classes)
+    logits.requires_grad_()
+    loss = cross_entropy(logits, labels)
+    expected = F.cross_entropy(*kept_pixels(logits, labels))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
+
+
+def test_cross_entropy_by_hand():
+    logits = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [0.0, 0.0], [9.0, -9.0]]).T.reshape(1, 2, 2, 2)
+    labels = torch.tensor([[[1, 1], [0, 255]]], dtype=torch.uint8)  # probabilities 3/4, 1/4, 1/2
+    expected = -(math.log(3 / 4) + math.log(1 / 4) + math.log(1 / 2)) / 3
+    assert cross_entropy(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", LABELLED.values(), ids=LABELLED)
+def test_without_a_label_the_loss_and_its_gradient_are_zero(loss):
+    logits, labels = maps(0, unknown=1.1)
+    logits = (1e4 * logits).requires_grad_()
+    value = loss(logits, labels)
+    assert value.item() == 0
+    assert torch.equal(torch.autograd.grad(value, logits)[0], torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", LABELLED.values(), ids=LABELLED)
+def test_half_precision_is_widened_before_anything_is_computed(loss, dtype):
+    logits, labels = maps(1)
+    half = logits.to(dtype)
+    assert torch.equal(loss(half, labels), loss(half.float(), labels)) and loss(half, labels).dtype == torch.float32
+    label = labels.long().clamp(max=3)
+    parts = (label, torch.rand(labels.shape), labels != 255)
+    assert torch.equal(weighted_cross_entropy(half, *parts), weighted_cross_entropy(half.float(), *parts))
+
+
+# OHEM
+
+
+@given(st.integers(0, 1000), st.floats(0, 1), st.integers(1, 80))
+def test_ohem_is_the_mean_of_the_hardest(seed, threshold, kept):
+    logits, labels = maps(seed, unknown=seed % 4 / 3)
+    value = ohem(logits, labels, threshold, kept).item()
+    assert value == pytest.approx(sorted_ohem(logits, labels, threshold, kept), rel=1e-5)
+
+
+@given(st.integers(0, 1000), st.floats(0, 1), st.integers(1, 40))
+def test_ties_at_the_limit_count_together(seed, threshold, kept):
+    """Pixels drawn from five: many are equal, and equal ones are in or out together."""
+    rng = np.random.default_rng(seed)
+    table, classes = torch.tensor(rng.normal(0, 2, (5, 3)), dtype=torch.float32), torch.tensor([0, 1, 2, 1, 255])
+    drawn = torch.tensor(rng.integers(5, size=(2, 4, 4)))
+    logits, labels = table[drawn].permute(0, 3, 1, 2), classes[drawn].to(torch.uint8)
+    value = ohem(logits, labels, threshold, kept).item()
+    assert value == pytest.approx(sorted_ohem(logits, labels, threshold, kept), rel=1e-5)
+
+
+def pixels(*probabilities):
+    """Two classes in one row, all labelled 0 with these probabilities."""
+    logits = torch.tensor([[math.log(p / (1 - p)), 0.0] for p in probabilities]).T.reshape(1, 2, 1, -1)
+    return logits, torch.zeros(1, 1, len(probabilities), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "kept", "counting"),
+    [
+        (0.7, 1, (0.1, 0.3)),  # all up to the threshold, although fewer would do
+        (0.2, 3, (0.1, 0.3, 0.8)),  # too few are hard: the hardest three
+        (0.2, 5, (0.1, 0.3, 0.8, 0.9, 0.95)),
+        (0.2, 6, (0.1, 0.3, 0.8, 0.9, 0.95)),  # fewer than six are there: all
+        (0.0, 1, (0.1,)),  # never none
+    ],
+)
+def test_ohem_by_hand(threshold, kept, counting):
+    logits, labels = pixels(0.9, 0.1, 0.8, 0.3, 0.95)
+    expected = -sum(math.log(p) for p in counting) / len(counting)
+    assert ohem(logits, labels, threshold, kept).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_probability_that_equals_the_threshold_is_hard():
+    logits, labels = pixels(0.9, 0.1, 0.6)
+    exact = (-F.cross_entropy(logits, labels.long(), reduction="none")).exp()[0, 0, 2].item()
+    expected = -(math.log(0.1) + math.log(0.6)) / 2
+    assert ohem(logits, labels, exact, 1).item() == pytest.approx(expected, rel=1e-5)
+    assert ohem(logits, labels, exact - 1e-6, 1).item() == pytest.approx(-math.log(0.1), rel=1e-5)
+
+
+@pytest.mark.parametrize("unknown", [0.0, 0.4])
+def test_fewer_labels_than_are_kept_count_all_however_easy(unknown):
+    logits, labels = maps(2, unknown=unknown)
+    logits[:, 0] += 30 * (labels == 0)
+    for kept in (int((labels != 255).sum()) + 1, labels.numel(), labels.numel() + 1, OHEM_KEPT):
+        torch.testing.assert_close(ohem(logits, labels, 0.1, kept), cross_entropy(logits, labels))
+
+
+def test_published_numbers_keep_200_000_of_more():
+    logits, labels = maps(3, classes=3, size=(1, 520, 520), unknown=0.1)
+    logits = logits + 8 * F.one_hot(labels.long().clamp(max=2), 3).permute(0, 3, 1, 2)
+    value, every = ohem(logits, labels).item(), cross_entropy(logits, labels).item()
+    assert value == pytest.approx(sorted_ohem(logits, labels, 0.7, 200_000), rel=1e-4)
+    assert value == pytest.approx(every * (labels != 255).sum().item() / 200_000, rel=0.01)  # the easy ones add little
+
+
+def test_only_hard_pixels_have_a_gradient():
+    logits, labels = pixels(0.9, 0.1, 0.8, 0.3)
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(ohem(logits, labels, 0.5, 1), logits)
+    assert (gradient[0, :, 0].abs().sum(0) > 0).tolist() == [False, True, False, True]
+    torch.testing.assert_close(gradient[0, 0, 0, 1], torch.tensor(-0.9 / 2))
+
+
+# Pseudo-labels
+
+
+def test_weighted_cross_entropy_by_hand():
+    logits, labels = pixels(0.9, 0.1, 0.8, 0.3)
+    weight = torch.tensor([[[1.0, 0.5, 0.0, 0.0]]])
+    valid = torch.tensor([[[True, True, True, False]]])
+    expected = -(math.log(0.9) + 0.5 * math.log(0.1)) / 3  # three valid pixels, not 1.5 of weight
+    assert weighted_cross_entropy(logits, labels.long(), weight, valid).item() == pytest.approx(expected, rel=1e-5)
+    chosen = -(math.log(0.9) + math.log(0.1)) / 3
+    assert weighted_cross_entropy(logits, labels.long(), weight > 0, valid).item() == pytest.approx(chosen, rel=1e-5)
+
+
+@examples(max_examples=30)
+@given(st.integers(0, 1000))
+def test_weighted_cross_entropy_is_a_sum_over_pixels(seed):
+    logits, labels = maps(seed)
+    label, valid = labels.long().clamp(max=3), labels != 255
+    weight = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) * valid
+    logits.requires_grad_()
+    flat, classes = logits.permute(0, 2, 3, 1).reshape(-1, 4).double(), label.flatten()
+    each = [row.logsumexp(0).item() - row[k].item() for row, k in zip(flat, classes, strict=True)]
+    total = sum(w * loss for w, loss in zip(weight.flatten().tolist(), each, strict=True))
+    value = weighted_cross_entropy(logits, label, weight, valid)
+    assert value.item() == pytest.approx(total / int(valid.sum()), rel=1e-5)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert torch.equal(gradient.abs().sum(1) > 0, weight > 0)
+
+
+def test_nothing_valid_costs_nothing():
+    logits, labels = maps(4)
+    logits.requires_grad_()
+    nothing = torch.zeros(labels.shape)
+    value = weighted_cross_entropy(logits, torch.zeros_like(labels).long(), nothing, nothing.bool())
+    assert value.item() == 0 and not torch.autograd.grad(value, logits)[0].any()
