@@ -62,7 +62,7 @@ def normalised(images):
 
 def trained(experiment, folder, classes):
     """The network of a finished run, in eval mode and in the memory format of training."""
-    network = task.build(resolve(experiment), classes)
+    network, _ = task.build(resolve(experiment), classes)
     network.load_state_dict(load_file(folder / "weights.safetensors"))
     return network.eval().to(memory_format=torch.channels_last)
 
