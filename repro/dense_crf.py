@@ -22,7 +22,7 @@ def dense_crf_loss(
     downscale: float = 0.5, form: str = "exact", radius: int = 10, samples: int = 1024,
     generator: torch.Generator | None = None,
 ) -> Tensor:  # fmt: skip
-    """L, a scalar, not positive; the released weight is 2e-9 at VOC's size, for a sum over all pairs.
+    """L, a scalar, not positive. A sum over all pairs: the released weight of 2e-9 belongs to crops of 513 pixels.
 
     probs: (B, C, H, W), S. images: (B, 3, H, W), channels in 0..255, where sigma_rgb is 15. roi: (B, H, W) bool,
         False on padding, whose S counts as 0; None for all.

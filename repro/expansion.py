@@ -3,9 +3,9 @@
     E(X) = sum_p unary[X_p, p] + sum_pq weight_pq [X_p != X_q]
 
 Only numpy and scipy are imported, so that worker processes start fast. Three rules make a labelling depend on the
-energy, the start and the label order alone, whatever library finds the maximum flow: energies are rounded to integers
-once (`quantise`), among equal cuts the one that changes the fewest nodes is taken (it is unique), and labels are tried
-in rising order. Sources: Boykov, Veksler & Zabih (2001) for the moves; Kolmogorov & Zabih (2004) for the graph; the
+energy and the start alone, whatever library finds the maximum flow: energies are rounded to integers before
+(`quantise`), among equal cuts the one that changes the fewest nodes is taken (it is unique), and labels are tried in
+rising order. Sources: Boykov, Veksler & Zabih (2001) for the moves; Kolmogorov & Zabih (2004) for the graph; the
 reduction to one undirected arc a pair, the tie rule and the rounding are ours.
 """
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-LIMIT = 2**29  # of a quantised energy: twice it, the largest residual capacity, still fits int32 with room for rounding
+LIMIT = 29  # bits of a quantised energy: residual capacities up to four times it fit int32
+COARSE = 16  # once the energy has fallen by this factor, the rounding is made finer
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,8 @@ def alpha_expansion(
     labels[free] = np.where(np.isin(labels[free], allowed), labels[free], allowed[0])
     state = np.searchsorted(allowed, labels[free])
     inner = contract(graph, allowed)
-    unary, weights, _ = quantise(inner, state)
+    bound = flow_bound(inner, state)
+    unary, weights, _ = quantise(inner, bound)
     energies, begun, cuts = [graph.energy(labels)], 0, 0
     settled: set[int] = set()  # labels whose move is known to change nothing
     while begun < sweeps and len(settled) < len(allowed):
@@ -97,6 +99,10 @@ def alpha_expansion(
                 energies.append(energy)
             if len(allowed) == 2 and len(nodes) == len(state):
                 settled = {0, 1}
+            tighter = flow_bound(inner, state)
+            if tighter < bound / COARSE:
+                bound, settled = tighter, set()
+                unary, weights, _ = quantise(inner, bound)
     return Expansion(labels, tuple(energies), begun, cuts)
 
 
@@ -176,29 +182,36 @@ def merge(graph: Graph, group: NDArray, count: int) -> Graph:
     return Graph(unary, np.stack([keys // count, keys % count]), weights, fixed)
 
 
-def quantise(graph: Graph, state: NDArray) -> tuple[NDArray, NDArray, float]:
+def flow_bound(graph: Graph, state: NDArray) -> float:
+    """Above the energy of labels (n,), where cheapest labels cost 0, and above the sum of any one node's weights.
+
+    Every flow of a move from there stays below it, since keeping all labels is a cut, and so does any later energy.
+    """
+    incident = np.bincount(graph.pairs.ravel(), np.tile(graph.weights, 2), len(state))
+    return max(graph.energy(state), float(incident.max(initial=0)))
+
+
+def quantise(graph: Graph, bound: float) -> tuple[NDArray, NDArray, float]:
     """Integer unary (K, n) and even integer weights (m,) of a graph whose cheapest labels cost 0, and their scale s.
 
-    s is a power of two, so energies in its multiples stay exact. Any labelling's integer energy over s is within
-    (n / 2 + m) / s of its energy, so a move comes within twice that of the best one. (1 / 2 for a unary, 1 for a
-    weight, which is halved in a cut and hence even.)
-    Nothing overflows int32: s brings both the energy of `state` and the largest sum of one node's weights under
-    2**29. No move raises that energy, and it bounds every flow; costs above it are clipped to twice it, since no
-    labelling that improves on `state` pays them.
+    bound: from `flow_bound`. s is the largest power of two (so that energies in its multiples stay exact) that keeps
+    s times the bound under 2**29: nothing in a cut then overflows int32. Costs are clipped to twice the bound, which
+    is more than a labelling that improves on the state can pay.
+    The integer energy of a labelling over s is within (n / 2 + m) / s of its energy: 1 / 2 of a unary, 1 of a weight,
+    which must be even since cuts halve it. So a move comes within twice that of the best.
     """
-    nodes = len(state)
-    incident = np.bincount(graph.pairs.ravel(), np.tile(graph.weights, 2), nodes)
-    bound = max(graph.energy(state), incident.max(initial=0.0))
     if bound == 0:
         return np.zeros(graph.unary.shape, np.int64), np.zeros(len(graph.weights), np.int64), 1.0
-    # frexp writes the bound as f * 2**e with f < 1; the exponent is kept where the product cannot be subnormal
-    exponent = min(int(math.log2(LIMIT)) - math.frexp(bound)[1], 1000)
+    # frexp gives the bound as f 2**e with 1 / 2 <= f < 1; the limit of 1000 keeps 2**exponent a float
+    exponent = min(LIMIT - math.frexp(bound)[1], 1000)
     unary = np.rint(np.ldexp(np.minimum(graph.unary, 2 * bound), exponent)).astype(np.int64)
     weights = 2 * np.rint(np.ldexp(graph.weights, exponent - 1)).astype(np.int64)
     return unary, weights, math.ldexp(1.0, exponent)
 
 
-def expansion_move(unary: NDArray, pairs: NDArray, weights: NDArray, state: NDArray, alpha: int):
+def expansion_move(
+    unary: NDArray, pairs: NDArray, weights: NDArray, state: NDArray, alpha: int
+) -> tuple[NDArray, tuple[NDArray, ...]] | None:
     """The binary cut that finds the best expansion on `alpha`: (nodes, (cost, p, q, capacity)), None if it is `state`.
 
     unary (K, n), weights (m,): from `quantise`. state: (n,) labels. nodes: (f,) those without `alpha`. The arguments

@@ -85,7 +85,7 @@ def ends(maps: Any, direction: tuple[int, int]) -> tuple[Any, Any]:
     return first, maps[..., max(0, down) : height - max(0, -down), right:]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=4)  # 12 MB for 375 x 500
 def grid_pairs(height: int, width: int, neighbours: int) -> NDArray:
     """Both ends (2, m) of the pairs of a grid as flat positions, direction by direction. Shared: do not write."""
     position = np.arange(height * width).reshape(height, width)
