@@ -78,7 +78,7 @@ def multi_scale_cam(
 def best_class(cam: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
     """Largest value (B, H, W) over the classes shown, and its label in 1..C; value 0 where no class is shown.
 
-    Source: the spec's v = cam * y, so cam must not be negative.
+    Source: released code, v = cam * y, so cam must not be negative.
     """
     value, channel = (widened(cam) * tags[:, :, None, None]).max(1)
     return value, channel + 1

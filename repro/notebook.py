@@ -18,15 +18,15 @@ from pandas.io.formats.style import Styler
 
 from repro import batch, claims, plots, report, runs, tables
 from repro.experiment import SCALES, Experiment, resolve
-from repro.grids import CALIBRATED, Column, Row
+from repro.grids import Column, Row, Table
 from repro.methods.few_labels import METHODS
+from repro.metrics import METRICS
 from repro.papers import PAPERS
 from repro.progress import StepBar, is_watched
 from repro.settings import SettingError, describe, unknown
 from repro.style import label_of
 
 REDRAW_SECONDS = 3.0
-SHOWN = ("accuracy", *CALIBRATED)
 
 
 # Parameters
@@ -222,15 +222,18 @@ def train(experiment: Experiment, asked: Asked) -> pd.DataFrame:
 
 
 def numbers(experiments: Iterable[Experiment], asked: Asked) -> pd.DataFrame:
-    """Accuracy with calibration of single runs, as text under the headings of the tables."""
+    """What the paper's first table measures, of single runs, as text under its headings; accuracy beside an error."""
+    shown = next(iter(PAPERS[asked.experiment.paper].TABLES.values())).metrics
+    shown = ("accuracy", *shown) if "error" in shown else shown
     rows = {}
     for experiment in experiments:
         name = f"{label_of(experiment)}, seed {experiment.seed}"
         if not runs.is_finished(experiment, asked.root):
-            rows[name] = dict.fromkeys((tables.METRICS[key].title for key in SHOWN), tables.NOT_RUN)
+            rows[name] = dict.fromkeys((METRICS[key].title for key in shown), tables.NOT_RUN)
             continue
         saved = runs.load_metrics(runs.folder_of(experiment, asked.root))["reported"][asked.rule][asked.weights]
-        rows[name] = {tables.METRICS[key].title: tables.METRICS[key].show(saved[key]) for key in SHOWN}
+        values = ((METRICS[key], saved.get(key)) for key in shown)
+        rows[name] = {one.title: "undefined" if value is None else one.show(value) for one, value in values}
     title = f"{tables.RULES[asked.rule]}, {tables.WEIGHTS[asked.weights]}"
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(title)
 
@@ -247,10 +250,10 @@ def commands(experiments: Iterable[Experiment]) -> Styler:
     return left(pd.DataFrame.from_dict(rows, orient="index", columns=["command"]).rename_axis("run"))
 
 
-def beside_published(asked: Asked, table: str) -> Styler:
+def beside_published(asked: Asked, table: str | None = None) -> Styler:
     """The runs of a notebook in one of their paper's tables, a column each: measured, published, and the difference
-    where like is compared with like."""
-    whole = PAPERS[asked.experiment.paper].TABLES[table]
+    where like is compared with like. table: by default the first that has the runs' data."""
+    whole = PAPERS[asked.experiment.paper].TABLES[table] if table else _table_of(asked.experiment)
     names = {row.method: row for row in reversed(whole.rows)}
     rows = tuple(
         Row(label_of(item), item.method, dict(item.overrides), names[item.method].published)
@@ -262,6 +265,12 @@ def beside_published(asked: Asked, table: str) -> Styler:
     chosen = dataclasses.replace(whole, rows=rows, **columns)
     frame = tables.compare(chosen, scale, (asked.experiment.seed,), asked.root, asked.rule, asked.weights)
     return left(tables.layout(chosen, frame, column).T)
+
+
+def _table_of(experiment: Experiment) -> Table:
+    whole = PAPERS[experiment.paper].TABLES.values()
+    on = (table for table in whole if experiment.data in {column.data for column in table.columns_at(experiment.scale)})
+    return next(on, next(iter(whole)))
 
 
 def run_missing(asked: AskedTables) -> None:
@@ -337,7 +346,7 @@ def show_ablations(asked: AskedTables) -> None:
     others = []
     for table in asked.module.ABLATIONS.values():
         if (tables.compare(table, *asked.how).groupby("row")["n"].max() > 0).sum() > 1:
-            display(plots.table_points(table, *asked.how))
+            display(plots.table_points(table, *asked.how, metrics=asked.module.HEADLINES))
         else:
             others.append(table.title)
     if others:

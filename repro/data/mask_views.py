@@ -156,7 +156,7 @@ class MaskViews(nn.Module):
         return self._normalised(photometric(crop.images, self.photometric, self.generator), crop)
 
     def masked(self, crop: Crop, block: int = 32, keep: float = 0.7) -> tuple[Tensor, Tensor]:
-        """CSL's third view and where it may be masked (spec 3.5, released code).
+        """CSL's third view and where it may be masked (released code).
 
         block: side of a block in pixels, below twice the crop's; keep: probability that a block is 1
         Returns normalised (B, 3, S, S), and (B, S, S) bool blocks. By a fair coin an image has mild colours and
@@ -185,7 +185,7 @@ def paste(base: Tensor, other: Tensor, where: Tensor) -> Tensor:
 
 
 def hide(images: Tensor, where: Tensor) -> Tensor:
-    """Normalised images (B, C, S, S) set to 0, the mean colour, at (B, S, S) bool (spec 3.5)."""
+    """Normalised images (B, C, S, S) set to 0, the mean colour, at (B, S, S) bool (CSL, released code)."""
     return images.masked_fill(where[:, None], 0)
 
 

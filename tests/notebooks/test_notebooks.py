@@ -61,7 +61,7 @@ def test_committed_without_outputs_and_in_the_house_form(name):
 
 
 def test_first_notebook_and_tables_are_there():
-    assert {"index", "tables", "commatch", "calibratemix"} <= set(NAMES)
+    assert {"index", "tables", "commatch", "calibratemix", "csl"} <= set(NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +116,26 @@ def test_calibratemix_runs_on_another_base(tmp_path):
     assert "--set base=flexmatch" in shown(book) and "not run" in shown(book)
 
 
+@pytest.mark.timeout(300)
+def test_csl_shows_the_runs_that_it_trains_and_so_do_the_tables(tmp_path):
+    root, experiment = tmp_path / "runs", Experiment("csl", "csl", "scenes", 10, 0, "tiny", {"alpha": 2.0})
+    parameters = ("-p", "scale", "tiny", "-p", "labels", "10", "-y", "overrides: {alpha: 2.0}")
+    status, printed, book = papermill("csl", tmp_path / "out.ipynb", root, *parameters)
+    assert status == 0, printed[-3000:]
+    for item in (experiment, Experiment("csl", "unimatch", "scenes", 10, 0, "tiny")):
+        assert runs.is_finished(item, root)
+    assert len(figures(book)) == 12 and all(len(figure) > 5000 for figure in figures(book))
+    reported = runs.load_metrics(runs.folder_of(experiment, root))["reported"]["last"]["ema"]
+    numbers = next(cell.outputs for cell in code_cells(book) if cell.source == "notebook.train(experiment, asked)")
+    assert "mIoU (%)" in str(numbers) and f"{100 * reported['miou']:.2f}" in str(numbers)
+    published = next(cell.outputs for cell in code_cells(book) if "beside_published" in cell.source)
+    assert "75.20" in str(published) and "not available" in str(published)
+    parameters = ("-p", "paper", "csl", "-p", "scale", "tiny", "-p", "seeds", "1")
+    status, printed, tables = papermill("tables", tmp_path / "tables.ipynb", root, *parameters)
+    assert status == 0, printed[-3000:]
+    assert "0 of 4 runs finished" in shown(tables) and "UniMatch, README Pascal VOC 2012" in shown(tables)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
@@ -123,6 +143,8 @@ def test_calibratemix_runs_on_another_base(tmp_path):
         ("commatch", ("-p", "sede", "3"), "did you mean 'seed'"),
         ("calibratemix", ("-p", "base", "fixmach"), "'fixmach'; allowed: 'fixmatch'"),
         ("calibratemix", ("-p", "beside", "fixmatch"), "unknown parameter of this notebook 'beside'"),
+        ("csl", ("-p", "method", "flexmatch"), "known: csl, fixmatch, supervised, unimatch"),
+        ("csl", ("-p", "masks", "20"), "unknown parameter of this notebook 'masks'"),
         ("tables", ("-p", "scale", "maxi"), "known: mini, paper, tiny"),
         ("index", ("-p", "scale", "maxi"), "known: mini, paper, tiny"),
     ],

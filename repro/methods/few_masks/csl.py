@@ -42,7 +42,7 @@ def csl_targets(logits: Tensor, padding: Tensor, settings: CSLSettings) -> Pixel
     """Pseudo-labels with their weights.
 
     logits: (B, K, H, W) of a weak view, whose gradient is cut here; padding: (B, H, W) bool.
-    Source: spec sections 3.1 to 3.4 (released code).
+    Source: released code; see `separation`.
     """
     if settings.selection == "threshold":
         return threshold_targets(logits, padding, settings.threshold)

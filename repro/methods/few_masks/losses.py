@@ -50,7 +50,7 @@ def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, valid:
 
     logits: (B, K, H, W); label: (B, H, W) int64; weight: (B, H, W) in [0, 1] or bool, 0 where not valid;
     valid: (B, H, W) bool. Returns 0 where nothing is valid (the released code: NaN).
-    Source: UniMatch and CSL (released codes), spec section 4.
+    Source: UniMatch and CSL (released codes).
     """
     loss = F.cross_entropy(logits.float(), label, reduction="none")
     return (loss * weight).sum() / valid.sum().clamp(min=1)
