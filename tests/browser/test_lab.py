@@ -91,14 +91,15 @@ def wait_for(address, server, log, seconds=90):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["commatch", "calibratemix"])
+@pytest.mark.parametrize("name", ["commatch", "calibratemix", "csl"])
 def test_run_all_and_move_a_slider(name, chromium, lab, tmp_path):
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         try:
             run_all(page, lab.replace("commatch", name))
-            {"commatch": move_thresholds, "calibratemix": move_temperature}[name](page)
+            moves = {"commatch": move_thresholds, "calibratemix": move_temperature, "csl": move_weights}
+            moves[name](page)
         except BaseException:
             page.screenshot(path=tmp_path / "failed.png")
             raise
@@ -139,6 +140,26 @@ def move_temperature(page):
     expect(here.nth(2)).not_to_have_text(ece)
     assert here.nth(1).inner_text() == accuracy
     page.wait_for_function("([node, old]) => node.src !== old", arg=[picture.element_handle(), drawn])
+
+
+def move_weights(page):
+    """Keys and buttons on CSL's explorer change what is kept and the picture, which words describe."""
+    table, picture = page.locator(".widget-html table").first, page.locator(".widget-html img").first
+    rows = {name: table.locator("tr", has_text=name).locator("td") for name in ("CSL, Gaussian", "threshold")}
+    assert all(row.nth(1).inner_text().endswith("%") for row in rows.values())
+    drawn = picture.get_attribute("src")
+    assert "confidence plane" in picture.get_attribute("alt")
+    before = {name: row.nth(1).inner_text() for name, row in rows.items()}
+    slider = page.locator(".widget-slider", has_text="tau").first
+    handle = slider.locator(".noUi-handle")
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    page.keyboard.press("Home")  # a threshold of 0 keeps every pixel, and leaves CSL's weights alone
+    expect(slider.locator(".widget-readout")).to_have_text("0")
+    expect(rows["threshold"].nth(1)).to_contain_text("100")
+    assert rows["CSL, Gaussian"].nth(1).inner_text() == before["CSL, Gaussian"]
+    page.get_by_role("button", name="threshold", exact=True).click()
+    page.wait_for_function("([old]) => document.querySelector('.widget-html img').src !== old", arg=[drawn])
 
 
 def move_thresholds(page):
