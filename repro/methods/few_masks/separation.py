@@ -84,13 +84,16 @@ def separate(confidence: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
     columns = (x.flatten(1).split(size, 1) for x in (confidence, residual, valid))
     parts = list(zip(*columns, strict=True))
     low, high = cone(*sum(gram(*part) for part in parts))
-    return torch.cat([outside(*part, low, high) for part in parts], 1).view(valid.shape).long()
+    cluster = torch.empty(len(valid), valid[0].numel(), dtype=torch.int64, device=valid.device)
+    for part, place in zip(parts, cluster.split(size, 1), strict=True):
+        place.copy_(outside(*part, low, high))
+    return cluster.view(valid.shape)
 
 
 def gram(confidence: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
     """Sums (3, B) of c^2, c r and r^2 over the valid pixels of (B, N)."""
     c, r = (masked(x, valid) for x in (confidence, residual))
-    return torch.stack([(c * c).sum(1), (c * r).sum(1), (r * r).sum(1)])
+    return torch.stack([torch.linalg.vecdot(*pair) for pair in ((c, c), (c, r), (r, r))])
 
 
 def cone(cc: Tensor, cr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +116,9 @@ def cone(cc: Tensor, cr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
 
 def outside(confidence: Tensor, residual: Tensor, valid: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Which pixels (B, N) are valid and have r / c outside [low, high], both (B,)."""
+    middle, half = ((low + high) / 2)[:, None], ((high - low) / 2)[:, None]  # NaN and inf where nothing is outside
     slope = wide(residual) / wide(confidence)
-    return ((slope > high[:, None]) | (slope < low[:, None])) & valid
+    return (slope.sub_(middle).abs_() > half).logical_and_(valid)
 
 
 def reliable_statistics(confidence: Tensor, residual: Tensor, cluster: Tensor, valid: Tensor) -> Reliable:
