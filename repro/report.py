@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from repro import claims, plots, plots_calibration, plots_masks, runs, style, tables
 from repro.checkpoints import atomic_path, read_json, write_json, write_text
 from repro.experiment import Experiment, from_record
+from repro.grids import Column
 from repro.metrics import sentence
 from repro.papers import PAPERS
 
@@ -71,9 +72,11 @@ def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder:
         style.save(figure, path)
         figures.append({"title": title, "path": path, "source": _embedded(path)})
     decided = claims.verdicts(paper.CLAIMS.values(), scale, seeds, root)
+    first = paper.main_experiments(scale, seeds)[0]
     return {
         "name": name,
         "title": paper.TITLE,
+        "column": Column(first.data, first.labels),
         "note": paper.NOTE,
         "scope": claims.scope(next(iter(paper.CLAIMS.values())), scale),
         "claims": decided.to_dict("records"),
@@ -95,6 +98,7 @@ def table_blocks(table, scale: str, seeds: Sequence[int], root: Path) -> list[di
         blocks.append(
             {
                 "title": f"{table.title} — {column.title}",
+                "column": column,
                 "frame": laid,
                 "html": tables.to_html(laid),
                 "markdown": tables.to_markdown(laid),
@@ -234,10 +238,11 @@ def publish(folder: Path, parts: list[dict], checkout: Path) -> None:
 
 
 def _first_table(part: dict) -> str:
-    """The main table of a paper for the README: measured columns only, rows that ran."""
+    """The main table of a paper for the README: where its main job runs, measured columns only, rows that ran."""
     if not part["tables"]:
         return "No finished run yet."
-    frame = part["tables"][0]["frame"]
+    main = [block for block in part["tables"] if block["column"] == part["column"]]
+    frame = (main or part["tables"])[0]["frame"]
     measured = frame.loc[:, [top for top in frame.columns.get_level_values(0).unique() if top.startswith("measured")]]
     ran = measured[~measured.eq(tables.NOT_RUN).all(axis=1)]
     caption = ran.columns.get_level_values(0)[0]
