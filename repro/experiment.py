@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,17 +87,39 @@ class TagRecipe(Recipe):
     weights: str = hyper("pretrained", source="ImageNet, or a stand-in at mini; `scratch`, a file or a hub id")
     auxiliary: int = hyper(-3, source="ToCo, DuPL, PCRE: block whose patches feed the auxiliary classifier")
     crop: int = hyper(448, source="ToCo, DuPL, PCRE", low=16)
-    scale_low: float = hyper(0.5, source="ToCo, PCRE: smallest long side of a training view", low=0.05)
-    scale_high: float = hyper(2.0, source="ToCo, PCRE: largest long side of a training view", low=0.05)
-    head_factor: float = hyper(10.0, source="ToCo, PCRE: learning rate of classifiers and head", low=0)
+    scale_low: float = hyper(0.5, source="ToCo, DuPL, PCRE: smallest long side of a training view, relative", low=0.05)
+    scale_high: float = hyper(2.0, source="ToCo, DuPL, PCRE: largest long side of a training view, relative", low=0.05)
+    colour: bool = hyper(True, source="PCRE on VOC: views are coloured; ToCo, DuPL, and PCRE on COCO: off")
+    head_factor: float = hyper(10.0, source="ToCo, DuPL, PCRE: learning rate of classifiers and heads", low=0)
     cam_scales: str = hyper("1,0.5,0.75,1.5", source="PCRE, with flips; ToCo and DuPL 1, .5, 1.5")
     cam_low: float = hyper(0.25, source="PCRE: at most this is background", low=0, high=1)
     cam_high: float = hyper(0.7, source="PCRE: above this is a class", low=0, high=1)
     beta: float = hyper(0.5, "beta", "PCRE, Tab. 1b: background of hard labels when CAMs are evaluated", low=0, high=1)
     warm_up: float = hyper(0.1, source="PCRE: share of training before the head learns", low=0, high=1)
-    size: int = hyper(448, source="PCRE: side that images have when they are evaluated", low=16)
     images: int = hyper(0, source="ours: training images of the embedded scenes; 0 for published sets", low=0)
     tests: int = hyper(0, source="ours: test images of the embedded scenes; 0 for published sets", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        scales_of(self.cam_scales)
+        if self.cam_low > self.cam_high:
+            raise SettingError(f"cam_low is {self.cam_low}, cam_high {self.cam_high}; the first must not be larger")
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The numbers of `cam_scales`."""
+        return scales_of(self.cam_scales)
+
+
+def scales_of(text: str) -> tuple[float, ...]:
+    """Scales written as `1,0.5,1.5`. Raises SettingError unless there is one and all are positive and finite."""
+    try:
+        scales = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        scales = ()
+    if not scales or not all(0 < scale < math.inf for scale in scales):
+        raise SettingError(f"scales are {text!r}; they must be positive numbers between commas, as in '1,0.5,1.5'")
+    return scales
 
 
 @dataclass(frozen=True)
