@@ -354,8 +354,6 @@ def common_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | No
     module = PAPERS[paper]
     experiments = module.main_experiments(scale, seeds)
     finished = [item for item in experiments if is_finished(item, root)]
-    table, place = next(iter(module.TABLES.values())), Column(experiments[0].data, experiments[0].labels)
-    rows = [row.label for row in table.rows if table.cell(row, place, scale, seeds)[0] in experiments]
     drawn = []
     if finished:
         first = [item for item in finished if item.seed == finished[0].seed]
@@ -364,12 +362,27 @@ def common_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | No
             ("pseudo_labels", "Pseudo-labels over training", pseudo_label_quality(experiments, root)),
             ("reliability", "Reliability", reliability_diagrams(first, root)),
         ]
-    drawn += [("main", table.title, table_points(table.only(rows), scale, seeds, root, column=place))]
+    return drawn + table_figures(paper, scale, seeds, root)
+
+
+def table_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
+    """A paper's first table where its main job runs, and the ablations of which two rows or more have been run."""
+    module = PAPERS[paper]
+    experiments = module.main_experiments(scale, seeds)
+    table, place = next(iter(module.TABLES.values())), Column(experiments[0].data, experiments[0].labels)
+    rows = [row.label for row in table.rows if table.cell(row, place, scale, seeds)[0] in experiments]
+    how = {"root": root, "metrics": module.HEADLINES}
+    drawn = [("main", table.title, table_points(table.only(rows), scale, seeds, column=place, **how))]
     for name, ablation in module.ABLATIONS.items():
-        cells = [ablation.cell(row, ablation.columns_at(scale)[0], scale, seeds) for row in ablation.rows]
-        if sum(any(is_finished(item, root) for item in cell) for cell in cells) > 1:
-            drawn += [(f"ablation_{name}", ablation.title, table_points(ablation, scale, seeds, root))]
+        if filled(ablation, ablation.columns_at(scale)[0], scale, seeds, root) > 1:
+            drawn += [(f"ablation_{name}", ablation.title, table_points(ablation, scale, seeds, **how))]
     return drawn
+
+
+def filled(table: Table, column: Column, scale: str, seeds: Sequence[int], root: Path | None) -> int:
+    """How many cells of a column have a finished run."""
+    cells = (table.cell(row, column, scale, seeds) for row in table.rows)
+    return sum(any(is_finished(item, root) for item in cell) for cell in cells)
 
 
 def commatch_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:

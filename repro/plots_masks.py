@@ -19,10 +19,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from repro import style
 from repro.claims import statistic
 from repro.experiment import Experiment
-from repro.grids import Column, Table
+from repro.grids import Table
 from repro.metrics import METRICS
 from repro.papers import PAPERS
-from repro.plots import Drawn, bands, loss_curves, outside_legend, table_points
+from repro.plots import Drawn, bands, filled, loss_curves, outside_legend, table_figures
 from repro.plots_plane import class_colours, class_legend, classes_of, confidence_plane, tile, unavailable, weight_maps
 from repro.runs import folder_of, is_finished, load_history, load_metrics, load_outputs
 from repro.settings import SettingError
@@ -387,8 +387,7 @@ def csl_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> D
     module = PAPERS["csl"]
     experiments = module.main_experiments(scale, seeds)
     finished = [item for item in experiments if is_finished(item, root)]
-    table, place = next(iter(module.TABLES.values())), Column(experiments[0].data, experiments[0].labels)
-    rows = [row.label for row in table.rows if table.cell(row, place, scale, seeds)[0] in experiments]
+    table = next(iter(module.TABLES.values()))
     drawn: Drawn = []
     for item in [item for item in finished if item.method == "csl"][:1]:
         drawn += [
@@ -407,20 +406,9 @@ def csl_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> D
             ("reliability", "Reliability of test pixels", pixel_reliability(experiments, root)),
             ("classes", "IoU by class", per_class_iou(experiments, root)),
         ]
-    if sum(_filled(table, column, scale, seeds, root) > 0 for column in table.columns_at(scale)) > 1:
+    if sum(filled(table, column, scale, seeds, root) > 0 for column in table.columns_at(scale)) > 1:
         drawn += [("budgets", "mIoU by number of masks", miou_by_budget(table, scale, seeds, root))]
-    how = {"root": root, "metrics": module.HEADLINES}
-    drawn += [("main", table.title, table_points(table.only(rows), scale, seeds, column=place, **how))]
-    for name, ablation in module.ABLATIONS.items():
-        if _filled(ablation, ablation.columns_at(scale)[0], scale, seeds, root) > 1:
-            drawn += [(f"ablation_{name}", ablation.title, table_points(ablation, scale, seeds, **how))]
-    return drawn
-
-
-def _filled(table: Table, column: Column, scale: str, seeds: Sequence[int], root: Path | None) -> int:
-    """How many cells of a column have a finished run."""
-    cells = (table.cell(row, column, scale, seeds) for row in table.rows)
-    return sum(any(is_finished(item, root) for item in cell) for cell in cells)
+    return drawn + table_figures("csl", scale, seeds, root)
 
 
 __all__ = ["confidence_plane", "csl_figures", "miou_by_budget", "per_class_iou", "pixel_reliability",
