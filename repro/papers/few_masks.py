@@ -29,12 +29,14 @@ PAPER: dict[str, tuple[int, dict[str, Any]]] = {
     "coco2017": (30, {"crop": 513, "lr": 0.004, "head_factor": 10.0}),
 }
 MINI = {
-    "network": "resnet-mini", "output_stride": 16, "crop": 64, "batch": 8, "images": 500, "tests": 200, "lr": 0.01,
+    "network": "resnet-mini", "output_stride": 16, "crop": 64, "batch": 8, "lr": 0.01, "head_factor": 10.0,
     "steps": 300, "epoch_steps": 30, "eval_every": 30, "log_every": 10, "checkpoint_every": 30,
     "precision": "fp32", "threads": 1,
 }  # fmt: skip
-TINY = {"batch": 4, "images": 40, "tests": 10, "steps": 6, "epoch_steps": 2, "eval_every": 3, "log_every": 2,
-        "checkpoint_every": 3}  # fmt: skip
+TINY = {"batch": 4, "steps": 6, "epoch_steps": 2, "eval_every": 3, "log_every": 2, "checkpoint_every": 3}
+# Scenes are made at the crop's size; of files, a small crop shows the same share of an image as the published one.
+SCENES, FEW_SCENES = {"images": 500, "tests": 200}, {"images": 40, "tests": 10}
+FILES = {"scale_low": 0.1, "scale_high": 0.4}
 
 
 def check_budget(data: str, labels: int) -> None:
@@ -63,7 +65,10 @@ def check_recipe(recipe: MaskRecipe) -> None:
 
 
 def recipe(method: str, data: str, labels: int, scale: str) -> MaskRecipe:
-    """The recipe of `method` on `data` with `labels` masks at `scale`."""
+    """The recipe of `method` on `data` with `labels` masks at `scale`.
+
+    Raises SettingError for scenes at `paper` scale, which nobody published.
+    """
     settings = METHODS[method].Settings()
     base = MaskRecipe(
         method=settings, network="resnet101s", unlabelled_ratio=1, batch=8, momentum=0.9, nesterov=False,
@@ -72,13 +77,16 @@ def recipe(method: str, data: str, labels: int, scale: str) -> MaskRecipe:
     )  # fmt: skip
     if data == "cityscapes" and method in ("fixmatch", "unimatch"):
         base = replace(base, method=replace(settings, threshold=0.0))
-    if data == "scenes":
-        base = replace(base, **MINI)
-        if method == "csl":
-            base = replace(base, method=replace(settings, block=8))
-    else:
+    if data != "scenes":
         epochs, fields = PAPER[data]
         epoch = (TRAINING[data] - labels or TRAINING[data]) // base.batch
         every = {"epoch_steps": epoch, "eval_every": epoch, "checkpoint_every": epoch, "log_every": 50}
         base = replace(base, steps=epochs * epoch, **every, **fields)
-    return replace(base, **TINY) if scale == "tiny" else base
+    elif scale == "paper":
+        raise SettingError("scenes have no published setting: use scale mini or tiny, or other data")
+    if scale == "paper":
+        return base
+    small = replace(base, **MINI, **(SCENES if data == "scenes" else FILES))
+    if method == "csl":
+        small = replace(small, method=replace(small.method, block=8))
+    return replace(small, **TINY, **(FEW_SCENES if data == "scenes" else {})) if scale == "tiny" else small

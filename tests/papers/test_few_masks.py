@@ -125,3 +125,24 @@ def test_bad_input_is_refused_with_its_reason(data, masks, changes, message):
 
 def test_a_scene_budget_need_not_be_published():
     assert resolve(Experiment("csl", "csl", "scenes", 7)) == resolve(Experiment("csl", "csl", "scenes", 10))
+
+
+@pytest.mark.parametrize("data", few_masks.BUDGETS)
+@pytest.mark.parametrize("method", ("supervised", "csl"))
+def test_the_scale_decides_the_size_on_every_data_set(method, data):
+    """Small scales have one network, crop and length, whatever the data; none of them is the published recipe."""
+    labels = few_masks.BUDGETS[data][0]
+    for scale, steps in (("tiny", 6), ("mini", 300)):
+        small = few_masks.recipe(method, data, labels, scale)
+        assert (small.network, small.crop, small.steps, small.output_stride) == ("resnet-mini", 64, steps, 16)
+        assert (small.images > 0) == (small.tests > 0) == (data == "scenes")
+        assert getattr(small.method, "block", 8) == 8
+    if data == "scenes":
+        with pytest.raises(SettingError, match="no published setting"):
+            few_masks.recipe(method, data, labels, "paper")
+    else:
+        published = few_masks.recipe(method, data, labels, "paper")
+        assert published.network == "resnet101s" and published.steps > 10_000
+        # a crop of a file shows the same share of its image at every scale, to a tenth
+        for side in ("scale_low", "scale_high"):
+            assert getattr(published, side) / 321 == pytest.approx(getattr(small, side) / 64, rel=0.1)
