@@ -23,7 +23,7 @@ from tqdm import tqdm
 from repro import runs
 from repro.checkpoints import CorruptFile
 from repro.experiment import Experiment, record, resolve
-from repro.grids import budget
+from repro.grids import place
 from repro.metrics import sentence
 from repro.papers import PAPERS
 from repro.progress import is_watched
@@ -188,8 +188,8 @@ def expected_seconds(experiment: Experiment, root: Path) -> float:
 def title(experiment: Experiment) -> str:
     """A short name of an experiment for people."""
     changed = "".join(f", {name}={value}" for name, value in experiment.overrides)
-    count = budget(experiment.data, experiment.labels)
-    return f"{experiment.method} on {experiment.data}, {count}, seed {experiment.seed}{changed}"
+    budget = place(experiment).budget
+    return f"{experiment.method} on {experiment.data}, {budget}, seed {experiment.seed}{changed}"
 
 
 def clock(seconds: float) -> str:

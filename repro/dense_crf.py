@@ -1,4 +1,4 @@
-"""Dense CRF loss with a Gaussian bilateral kernel between all pairs of pixels (rloss), and two cheaper kernels.
+"""Dense CRF: its loss with a Gaussian bilateral kernel between all pairs of pixels, and inference after training.
 
     L = -1 / B sum_k S_k^T K S_k,    K_pq = exp(-||I_p - I_q||^2 / (2 sigma_rgb^2) - ||p - q||^2 / (2 sigma_xy^2))
 
@@ -6,15 +6,30 @@ It is the bilinear Potts energy sum_k S_k^T K (1 - S_k) less 1^T K 1, which S ca
 by a permutohedral lattice. Here: "exact", all pairs, quadratic in the pixels; "windowed", pairs within a square
 window, another and more local regulariser; "sampled", all pixels against a random part of them, unbiased but noisy.
 Sources: rloss (Tang et al., 2018) for loss, settings and gradient; windows and samples are ours.
+
+Inference (`dense_crf`) is the mean field of Kraehenbuehl & Koltun (2011) with two kernels, one of positions alone. It
+is exact for small images; larger ones go to their permutohedral lattice, in the optional package pydensecrf2.
 """
 
+import importlib.util
+from dataclasses import dataclass, replace
+from math import e, log2
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from repro.settings import check, hyper
+
 FORMS = ("exact", "windowed", "sampled")
 CHUNK = 2**22  # entries of K at a time
+EXACT_PIXELS = 96**2  # of an image whose whole kernel is held in memory, 340 MB in single precision
+ROWS = 128  # of that kernel at a time while it is made, so that they stay in the cache
+CLIP = 1e-5  # least probability, as in the released evaluators
+FAINT = -100.0  # least exponent of 2; far below rounding, and smaller numbers take many times as long
+INSTALL = "pip install pydensecrf2"
 
 
 def dense_crf_loss(
@@ -120,3 +135,134 @@ def sampled(probs: Tensor, colours: Tensor, sigma_xy: float, samples: int, gener
     samples = min(samples, pixels)
     chosen = torch.randperm(pixels, generator=generator, device=probs.device)[:samples]
     return -(pixels / samples) * (flat * (kernel(points, points[:, chosen]) @ flat[:, chosen])).sum()
+
+
+@dataclass(frozen=True)
+class CRF:
+    """Kernels of the inference; defaults are ToCo's and DuPL's. xy: in pixels, rgb: in levels of 0..255."""
+
+    position_weight: float = hyper(1.0, source="ToCo, DuPL, PCRE: of the kernel of positions", low=0)
+    position_xy: float = hyper(1.0, source="ToCo, DuPL: its width; PCRE 2 on VOC", low=1e-3)
+    weight: float = hyper(4.0, source="ToCo, DuPL: of the bilateral kernel; PCRE 7", low=0)
+    xy: float = hyper(121.0, source="ToCo, DuPL: its width in space; PCRE 140", low=1e-3)
+    rgb: float = hyper(5.0, source="ToCo, DuPL: its width in colour; PCRE 1", low=1e-3)
+    iterations: int = hyper(10, source="ToCo, DuPL, PCRE", low=0)
+
+    def __post_init__(self):
+        check(self)
+
+    def scaled(self, factor: float) -> "CRF":
+        """The same for images `factor` times as large: widths in space follow, colours and weights stay (ours)."""
+        return replace(self, position_xy=self.position_xy * factor, xy=self.xy * factor)
+
+
+def has_lattice() -> bool:
+    """Whether pydensecrf2 is installed."""
+    return importlib.util.find_spec("pydensecrf") is not None
+
+
+def dense_crf(probs: Tensor, images: Tensor, crf: CRF = CRF()) -> Tensor:
+    """Probabilities (B, K, H, W) after inference: `mean_field` up to EXACT_PIXELS an image, `lattice_crf` above.
+
+    probs: (B, K, H, W), softmax. images: (B, 3, H, W) uint8.
+    Raises ModuleNotFoundError for larger images without pydensecrf2, ValueError for other images.
+    """
+    checked(probs, images)
+    if probs.shape[2] * probs.shape[3] <= EXACT_PIXELS:
+        return mean_field(probs, images, crf)
+    pairs = zip(probs.float().cpu().numpy(), images.permute(0, 2, 3, 1).cpu().numpy(), strict=True)
+    return torch.stack([torch.from_numpy(lattice_crf(*pair, crf)) for pair in pairs]).to(probs.device)
+
+
+@torch.no_grad()
+def mean_field(probs: Tensor, images: Tensor, crf: CRF = CRF()) -> Tensor:
+    """The same, exactly and by ourselves: quadratic in the pixels in time and memory, image by image.
+
+        Q <- softmax_k( log p + sum_m w_m N_m Q ),    N_m = D_m^(-1/2) K_m D_m^(-1/2),    D_m = diag(K_m 1)
+
+    from Q = p, with p clipped at 1e-5 from below, K_1 = exp(-|p - q|^2 / (2 xy^2)) and K_2 the bilateral K. A pixel
+    sends to itself as well. At least float32. Raises ValueError for images that are not (B, 3, H, W) uint8.
+    Source: the released library, whose lattice approximates K and sums.
+    """
+    checked(probs, images)
+    # neither the exact differences of colours nor K may be rounded to half precision
+    with torch.autocast(probs.device.type, enabled=False):
+        probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+        down, across = (normalised(apart(side, probs), crf.position_xy) for side in probs.shape[2:])
+        # one buffer for all images: a fresh one costs as much as the kernel
+        kernel = probs.new_empty(probs.shape[2] * probs.shape[3], probs.shape[2] * probs.shape[3])
+        found = []
+        for unary, image in zip(probs.clamp(CLIP, 1).log(), images, strict=True):
+            fill_bilateral(kernel, image, crf)
+            found.append(settled(unary, kernel, down, across, crf))
+        return torch.stack(found) if found else probs
+
+
+def settled(unary: Tensor, kernel: Tensor, down: Tensor, across: Tensor, crf: CRF) -> Tensor:
+    """Q (K, H, W) of log probabilities (K, H, W), K_2 (H W, H W), and N_1's factors (H, H) and (W, W)."""
+    share, found = kernel.sum(1).rsqrt(), unary.softmax(0)
+    for _ in range(crf.iterations):
+        # K_2 is symmetric, and a wide product on this side is the faster one
+        sent = ((found.flatten(1) * share) @ kernel * share).view_as(found)
+        found = (unary + crf.weight * sent + crf.position_weight * (down @ found @ across)).softmax(0)
+    return found
+
+
+def fill_bilateral(kernel: Tensor, image: Tensor, crf: CRF) -> None:
+    """Write K_2 of an image (3, H, W) uint8 into kernel (H W, H W). Squared differences of whole numbers are exact, so
+    near colours are not lost in the product that makes them."""
+    height, width = image.shape[1:]
+    colours = image.flatten(1).mT.to(kernel)
+    square, one = colours.square().sum(1, keepdim=True), torch.ones_like(colours[:, :1])
+    left, right = torch.cat([-2 * colours, square, one], 1), torch.cat([colours, one, square], 1).mT.contiguous()
+    rows, columns = (apart(side, kernel) * (-log2(e) / (2 * crf.xy**2)) for side in (height, width))
+    step = max(1, ROWS // width)
+    for first in range(0, height, step):
+        last = min(first + step, height)
+        part = kernel[first * width : last * width]
+        torch.mm(left[first * width : last * width], right, out=part)
+        part.mul_(-log2(e) / (2 * crf.rgb**2))
+        part = part.view(last - first, width, height, width)
+        part.add_(rows[first:last, None, :, None]).add_(columns[None, :, None]).clamp_(min=FAINT).exp2_()
+
+
+def apart(side: int, like: Tensor) -> Tensor:
+    """Squared distances (side, side) along an axis, in pixels."""
+    places = torch.arange(side, dtype=like.dtype, device=like.device)
+    return (places[:, None] - places).square()
+
+
+def normalised(distance: Tensor, sigma: float) -> Tensor:
+    """D^(-1/2) K D^(-1/2) along an axis; the kernel of positions is the product of those of both axes."""
+    kernel = (distance / (-2 * sigma**2)).exp()
+    share = kernel.sum(1).rsqrt()
+    return share[:, None] * kernel * share
+
+
+def lattice_crf(probs: np.ndarray, image: np.ndarray, crf: CRF = CRF()) -> np.ndarray:
+    """`mean_field` of one image by pydensecrf2's lattice, (K, H, W) float32. Arrays, so that it runs in processes.
+
+    probs: (K, H, W). image: (H, W, 3) uint8. Raises ModuleNotFoundError, which says how to install it.
+    """
+    try:
+        from pydensecrf.densecrf import DenseCRF2D
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"a dense CRF of {image.shape[1]} x {image.shape[0]} pixels needs pydensecrf2: {INSTALL}. Images up to "
+            f"{EXACT_PIXELS:,} pixels need no package"
+        ) from error
+    classes, height, width = probs.shape
+    field = DenseCRF2D(width, height, classes)
+    field.setUnaryEnergy(np.ascontiguousarray(-np.log(probs.clip(CLIP, 1)).reshape(classes, -1), dtype=np.float32))
+    field.addPairwiseGaussian(sxy=crf.position_xy, compat=crf.position_weight)
+    field.addPairwiseBilateral(sxy=crf.xy, srgb=crf.rgb, rgbim=np.ascontiguousarray(image), compat=crf.weight)
+    return np.array(field.inference(crf.iterations), dtype=np.float32).reshape(probs.shape)
+
+
+def checked(probs: Tensor, images: Tensor) -> None:
+    """Raise ValueError unless images are (B, 3, H, W) uint8 and of the probabilities' size."""
+    if images.dtype != torch.uint8 or images.shape != (len(probs), 3, *probs.shape[2:]):
+        raise ValueError(
+            f"a dense CRF of probabilities {tuple(probs.shape)} needs uint8 images (B, 3, H, W) of their size, got "
+            f"{images.dtype} {tuple(images.shape)}"
+        )

@@ -86,6 +86,7 @@ class TagRecipe(Recipe):
 
     weights: str = hyper("pretrained", source="ImageNet, or a stand-in at mini; `scratch`, a file or a hub id")
     auxiliary: int = hyper(-3, source="ToCo, DuPL, PCRE: block whose patches feed the auxiliary classifier")
+    value_only: bool = hyper(False, source="PCRE (released code): the last block mixes nothing; peers: off")
     crop: int = hyper(448, source="ToCo, DuPL, PCRE", low=16)
     scale_low: float = hyper(0.5, source="ToCo, DuPL, PCRE: smallest long side of a training view, relative", low=0.05)
     scale_high: float = hyper(2.0, source="ToCo, DuPL, PCRE: largest long side of a training view, relative", low=0.05)
@@ -109,6 +110,36 @@ class TagRecipe(Recipe):
     def scales(self) -> tuple[float, ...]:
         """The numbers of `cam_scales`."""
         return scales_of(self.cam_scales)
+
+
+@dataclass(frozen=True)
+class ScribbleRecipe(Recipe):
+    """A recipe for segmentation from scribbles. Defaults are Robust Trust Region's on Pascal (released scripts).
+
+    There an epoch is 882 batches, and both stages have 60: `start_steps` of partial cross-entropy, then `steps`.
+    """
+
+    network: str = hyper("mobilenetv2_100", source="released code; a name of models.deeplab.BACKBONES")
+    batch: int = hyper(12, "B", source="released script", low=1)
+    steps: int = hyper(52_920, source="released code: 60 epochs of the second stage", low=1)
+    epoch_steps: int = hyper(882, source="10,582 images in batches of 12", low=1)
+    lr: float = hyper(0.007, "eta", source="rloss; assumed of the first stage. Methods say their share later", low=0)
+    nesterov: bool = hyper(False, source="released code")
+    weight_decay: float = hyper(5e-4, source="released code; on everything", low=0)
+    schedule: str = hyper("poly-0.9", source="released code", choices=optimisation.SCHEDULES)
+    ema: float = hyper(0.0, source="released code", low=0, high=1)
+    output_stride: int = hyper(16, source="released code. resnet-mini, half the strides, has half", choices=(8, 16))
+    weights: str = hyper("pretrained", source="ImageNet, or a stand-in at mini; `scratch`, a file or a hub id")
+    crop: int = hyper(513, source="released script", low=16)
+    scale_low: float = hyper(0.5, source="released code: smallest short side of a view, over the crop", low=0.05)
+    scale_high: float = hyper(2.0, source="released code: largest short side of a view, over the crop", low=0.05)
+    blur: bool = hyper(True, source="released code: half of the views are blurred, by a radius of U(0, 1)")
+    start_steps: int = hyper(52_920, source="released README: 60 epochs of partial cross-entropy first", low=0)
+    head_factor: float = hyper(10.0, source="released code: learning rate outside the backbone", low=0)
+    width: int = hyper(3, source="rloss: pixels of a scribble; drawn into scenes alone, ours at 64 px: 1", low=1)
+    workers: int = hyper(0, source="ours: processes that solve stage A; 0: none beside this one", low=0)
+    images: int = hyper(0, source="ours: training images of the embedded scenes; 0 for published sets", low=0)
+    tests: int = hyper(0, source="ours: test images, all those of a published set if 0", low=0)
 
 
 def scales_of(text: str) -> tuple[float, ...]:

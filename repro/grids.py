@@ -19,16 +19,13 @@ if TYPE_CHECKING:  # papers import this module
 # Accuracy is never shown without calibration, nor calibration without its bins.
 CALIBRATED = ("error", "ece_15", "ece_10_left", "nll", "brier")
 MASKED = ("miou", "pixel_accuracy", "boundary_f", "ece_15")
+ACTIVATED = ("cam_miou", "cam_miou_train", "miou", "miou_crf", "over_activation_mean", "ece_15")
 TITLES = {"fashion": "Fashion-MNIST part", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN",
           "svhn_extra": "SVHN with extra", "stl10": "STL-10", "scenes": "Fashion scenes", "voc": "Pascal VOC 2012",
-          "cityscapes": "Cityscapes", "coco2017": "COCO"}  # fmt: skip
+          "cityscapes": "Cityscapes", "coco2017": "COCO", "coco2014": "COCO 2014"}  # fmt: skip
 EMBEDDED = ("fashion", "scenes")  # in the package: what small scales use
-WITH_MASKS = ("scenes", "voc", "cityscapes", "coco2017")
-
-
-def budget(data: str | None, labels: int | str) -> str:
-    """`20 masks` on data sets for segmentation, `100 labels` on others. labels: how many, or several as text."""
-    return f"{labels} {'masks' if data in WITH_MASKS else 'labels'}"
+LABELS, MASKS, TAGS = "{} labels", "{} masks", "{} tagged images"  # how a budget is said, by kind of supervision
+SCRIBBLES = "scribble length {} %"  # every image has its scribbles
 
 
 @dataclass(frozen=True)
@@ -44,15 +41,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: a data set and its number of labels or masks."""
+    """A column: a data set, its number of labels, masks or tagged images, and how that is said."""
 
     data: str
     labels: int
+    words: str = LABELS
+
+    @property
+    def budget(self) -> str:
+        """`40 labels`, `20 masks`."""
+        return self.words.format(self.labels)
 
     @property
     def title(self) -> str:
         """`CIFAR-10, 40 labels`."""
-        return f"{TITLES.get(self.data, self.data)}, {budget(self.data, self.labels)}"
+        return f"{TITLES.get(self.data, self.data)}, {self.budget}"
+
+
+def place(experiment: Experiment) -> Column:
+    """Where an experiment stands in a table of its paper."""
+    from repro.papers import PAPERS
+
+    return Column(experiment.data, experiment.labels, PAPERS[experiment.paper].BUDGET)
 
 
 @dataclass(frozen=True)

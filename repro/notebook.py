@@ -18,10 +18,11 @@ from pandas.io.formats.style import Styler
 
 from repro import batch, claims, plots, report, runs, tables
 from repro.experiment import SCALES, Experiment, resolve
-from repro.grids import Column, Row, Table
+from repro.grids import Row, Table, place
 from repro.methods.few_labels import METHODS
 from repro.metrics import METRICS
 from repro.papers import PAPERS
+from repro.plots_plane import classes_of
 from repro.progress import StepBar, is_watched
 from repro.settings import SettingError, describe, unknown
 from repro.style import label_of
@@ -260,11 +261,33 @@ def beside_published(asked: Asked, table: str | None = None) -> Styler:
         for item in asked.experiments
         if item.method in names
     )
-    column, scale = Column(asked.experiment.data, asked.experiment.labels), asked.experiment.scale
+    column, scale = place(asked.experiment), asked.experiment.scale
     columns = {"columns": (column,)} if scale == "paper" else {"small": (column,)}
     chosen = dataclasses.replace(whole, rows=rows, **columns)
     frame = tables.compare(chosen, scale, (asked.experiment.seed,), asked.root, asked.rule, asked.weights)
     return left(tables.layout(chosen, frame, column).T)
+
+
+def measured_by_class(asked: Asked) -> Styler:
+    """IoU in percent of the segmentation of every class, a row a finished run of the notebook, and the mean."""
+    rows = {}
+    for experiment in asked.experiments:
+        if runs.is_finished(experiment, asked.root):
+            folder = runs.folder_of(experiment, asked.root)
+            found = runs.load_metrics(folder)["reported"][asked.rule][asked.weights]
+            names = ("mean", *classes_of(experiment.data))
+            rows[label_of(experiment)] = dict(zip(names, (found["miou"], *found["iou"]), strict=True))
+    frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("measured: IoU (%)")
+    return left(frame.map(lambda value: "undefined" if pd.isna(value) else METRICS["miou"].show(value)))
+
+
+def published_by_class(paper: str) -> Styler:
+    """The published IoU in percent of every class, a row a method, with where they stand."""
+    rows = [row for row in PAPERS[paper].PUBLISHED if row.metric == "seg_iou"]
+    frame = pd.DataFrame([(row.method, row.setting, str(row)) for row in rows], columns=["method", "class", "IoU"])
+    frame = frame.pivot(index="method", columns="class", values="IoU")[list(dict.fromkeys(row.setting for row in rows))]
+    where = ", ".join(dict.fromkeys(f"{row.paper}, {row.table}, {row.dataset} {row.split}" for row in rows))
+    return left(frame.rename_axis(f"published: IoU (%), {where}").rename_axis(columns=None))
 
 
 def _table_of(experiment: Experiment) -> Table:

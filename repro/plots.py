@@ -19,7 +19,7 @@ from torch import Tensor
 from repro import calibration, style
 from repro.claims import INSTABILITY_BINS, instability_correlation, statistic
 from repro.experiment import Experiment, resolve
-from repro.grids import Column, Table
+from repro.grids import Column, Table, place
 from repro.methods.few_labels import commatch
 from repro.papers import PAPERS
 from repro.runs import folder_of, is_finished, load_history, load_outputs
@@ -58,7 +58,7 @@ def loss_curves(experiment: Experiment, root: Path | None = None) -> Figure:
     axes = figure.subplots()
     steps = [row["step"] for row in rows]
     axes.plot(steps, [sum(row["terms"].values()) for row in rows], color=style.INK, linewidth=1, label="sum")
-    spare = iter((style.PURPLE, style.BROWN, style.PINK, style.SKY, style.YELLOW, style.RED))
+    spare = iter((style.PURPLE, style.BROWN, style.PINK, style.SKY, style.YELLOW, style.RED, style.GREEN, style.BLUE))
     names = list(dict.fromkeys(name for row in rows for name in row["terms"]))
     for number, name in enumerate(names):
         values = [row["terms"].get(name, math.nan) for row in rows]
@@ -333,7 +333,8 @@ def _published_beside(axes: Axes, table: Table) -> None:
     """The first published column's cells as text at the right edge: no small scale may stand on their axis."""
     if table.references:
         grid = published_grid(table, table.references[0])
-        heading, cells = f"{table.references[0].title},\n{grid.columns[0]}:", grid[grid.columns[0]]
+        metric = METRICS[table.references[0].metric].name
+        heading, cells = f"{metric}, {table.references[0].title},\n{grid.columns[0]}:", grid[grid.columns[0]]
     else:
         heading, cells = "published:", ["none"] * len(table.rows)
     side = axes.secondary_yaxis("right")
@@ -369,10 +370,10 @@ def table_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | Non
     """A paper's first table where its main job runs, and the ablations of which two rows or more have been run."""
     module = PAPERS[paper]
     experiments = module.main_experiments(scale, seeds)
-    table, place = next(iter(module.TABLES.values())), Column(experiments[0].data, experiments[0].labels)
-    rows = [row.label for row in table.rows if table.cell(row, place, scale, seeds)[0] in experiments]
+    table, column = next(iter(module.TABLES.values())), place(experiments[0])
+    rows = [row.label for row in table.rows if table.cell(row, column, scale, seeds)[0] in experiments]
     how = {"root": root, "metrics": module.HEADLINES}
-    drawn = [("main", table.title, table_points(table.only(rows), scale, seeds, column=place, **how))]
+    drawn = [("main", table.title, table_points(table.only(rows), scale, seeds, column=column, **how))]
     for name, ablation in module.ABLATIONS.items():
         if filled(ablation, ablation.columns_at(scale)[0], scale, seeds, root) > 1:
             drawn += [(f"ablation_{name}", ablation.title, table_points(ablation, scale, seeds, **how))]

@@ -18,7 +18,7 @@ from repro import calibration, style
 from repro.claims import statistic
 from repro.data import splits
 from repro.experiment import Experiment, resolve
-from repro.grids import Column, Row, Table
+from repro.grids import Column, Row, Table, place
 from repro.methods.few_labels.calibratemix import CalibrateMixSettings
 from repro.methods.few_labels.pairing import halves
 from repro.papers import PAPERS
@@ -189,7 +189,7 @@ def accuracy_against_ece(
     place = column or table.columns_at(scale)[0]
     title = f"Accuracy against calibration\n{place.title}, {scale} scale, seeds {', '.join(map(str, seeds))}, " \
             f"{RULES[rule]}, {WEIGHTS[weights]}\nlines: standard deviation"  # fmt: skip
-    cells = [[item for item in table.cell(row, place, scale, seeds) if is_finished(item, root)] for row in table.rows]
+    cells = [[item for item in table.cell(row, column, scale, seeds) if is_finished(item, root)] for row in table.rows]
     if not any(cells):
         return message(title, f"{NOT_RUN}: {', '.join(row.label for row in table.rows)}")
     figure = Drawing(figsize=(10.5, 4.6), layout="constrained")
@@ -339,8 +339,8 @@ def margin_histograms(
         part.suptitle(f"{half} {kind} images{found}", fontsize=9.5, x=0.01, ha="left")
         order = margins.score.argsort(stable=True, descending=half == "easiest")[:examples]
         cells = part.subplots(1, examples)
-        for axes, place in zip(cells, order.tolist(), strict=False):
-            _tile(axes, pool, margins, place)
+        for axes, row in zip(cells, order.tolist(), strict=False):
+            _tile(axes, pool, margins, row)
         for axes in cells[len(order) :]:
             axes.set_axis_off()
     return figure
@@ -385,10 +385,10 @@ def calibratemix_figures(scale: str, seeds: Sequence[int], root: Path | None = N
     module = PAPERS["calibratemix"]
     table = module.TABLES["main"]
     experiments = module.main_experiments(scale, seeds)
-    place = Column(experiments[0].data, experiments[0].labels)
+    column = place(experiments[0])
     alone = {row.method: row for row in table.rows if row.method != "calibratemix"}
     pairs = [
-        tuple(table.cell(row, place, scale, (seeds[0],))[0] for row in (alone[base], mixed))
+        tuple(table.cell(row, column, scale, (seeds[0],))[0] for row in (alone[base], mixed))
         for base, mixed in module.MIXED.items()
     ]
     pairs = [pair for pair in pairs if all(is_finished(item, root) for item in pair)]
@@ -401,7 +401,7 @@ def calibratemix_figures(scale: str, seeds: Sequence[int], root: Path | None = N
         drawn += [
             ("curves", "Accuracy, ECE and NLL over training", calibration_curves(experiments, root)),
             ("ece_bars", "ECE by method and label count", ece_bars(*how)),
-            ("scatter", "Accuracy against ECE", accuracy_against_ece(*how, column=place)),
+            ("scatter", "Accuracy against ECE", accuracy_against_ece(*how, column=column)),
         ]
     replaced = {"accuracy"} | ({"reliability"} if pairs else set())
     return drawn + [item for item in common_figures("calibratemix", scale, seeds, root) if item[0] not in replaced]

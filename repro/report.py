@@ -13,21 +13,22 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from repro import claims, plots, plots_calibration, plots_masks, runs, style, tables
+from repro import claims, plots, plots_calibration, plots_masks, plots_tags, runs, style, tables
 from repro.checkpoints import atomic_path, read_json, write_json, write_text
 from repro.experiment import Experiment, from_record
-from repro.grids import Column
+from repro.grids import place
 from repro.metrics import sentence
 from repro.papers import PAPERS
 
 PACKAGE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-NOTEBOOKS = ("commatch", "calibratemix", "csl", "tables")
+NOTEBOOKS = ("commatch", "calibratemix", "csl", "pcre", "tables")
 # Paper -> its figures: (scale, seeds, folder of runs) -> those that its finished runs can draw.
 FIGURES = {
     "commatch": plots.commatch_figures,
     "calibratemix": plots_calibration.calibratemix_figures,
     "csl": plots_masks.csl_figures,
+    "pcre": plots_tags.pcre_figures,
 }
 
 
@@ -76,7 +77,7 @@ def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder:
     return {
         "name": name,
         "title": paper.TITLE,
-        "column": Column(first.data, first.labels),
+        "column": place(first),
         "note": paper.NOTE,
         "scope": claims.scope(next(iter(paper.CLAIMS.values())), scale),
         "claims": decided.to_dict("records"),

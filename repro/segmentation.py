@@ -6,7 +6,7 @@ device without waiting for it; results are fractions, None (in reports) or NaN (
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from repro.reliability import ReliabilitySums
 BAND = 0.02  # width of boundary IoU's band as a share of the image's diagonal (Cheng et al., 2021)
 TOLERANCE = 0.0075  # of the boundary F-score, likewise (Csurka et al., 2013)
 ABSENT = ("zero", "skip")
+COMBINED = ("max", "mean-or-first")
 
 
 def confusion(truth: Tensor, predicted: Tensor, classes: int, ignore: int = IGNORE) -> Tensor:
@@ -273,6 +274,46 @@ def sliding_window(network: nn.Module, images: Tensor, window: int, stride: int 
                 scores = seen.new_zeros(len(images), seen.shape[1], *images.shape[2:])
             scores[part] += seen
     return scores
+
+
+@torch.no_grad()
+def scale_logits(
+    network: nn.Module, images: Tensor, scales: Sequence[float], size: tuple[int, int] | None = None
+) -> Tensor:
+    """Logits (S, B, K, H, W) of S scales, each the sum of those of the images and of their mirror images, turned back.
+
+    network: in the mode it is in. images: normalised (B, C, h, w). scales: of both sides, rounded down; each above 0.
+    size: (H, W), to which logits are resized (bilinear, free corners); None for that of the images. At least float32.
+    Raises ValueError for no scale, or one that is not positive. Source: released code (ToCo, DuPL, PCRE).
+    """
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales are {tuple(scales)}; at least one is needed and all must be positive")
+    own, found = (images.shape[2], images.shape[3]), []
+    for scale in scales:
+        seen = _resized(images, (int(scale * own[0]), int(scale * own[1])))
+        logits = network(torch.cat([seen, seen.flip(3)]))
+        logits = _resized(logits.to(torch.promote_types(logits.dtype, torch.float32)), size or own)
+        plain_view, mirrored = logits.chunk(2)
+        found.append(plain_view + mirrored.flip(3))
+    return torch.stack(found)
+
+
+def combined(logits: Tensor, form: str = "max") -> Tensor:
+    """Logits (B, K, H, W) from those of S scales (S, B, K, H, W).
+
+    form: `max`, the largest over scales (ToCo, DuPL; PCRE on COCO); `mean-or-first`, the larger of their mean and the
+        first scale's, which ought to be scale 1 (PCRE on VOC).
+    Raises ValueError for another form. Source: released code.
+    """
+    if form not in COMBINED:
+        raise ValueError(f"form is {form!r}; it must be one of {', '.join(map(repr, COMBINED))}")
+    return logits.amax(0) if form == "max" else torch.maximum(logits[0], logits.mean(0))
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if maps.shape[2:] == size:
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 @torch.no_grad()

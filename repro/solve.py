@@ -15,6 +15,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -169,9 +170,10 @@ def graph_of(problem: Problem, roi: NDArray, seeds: NDArray, settings: SolverSet
 def start_workers(count: int) -> Iterator[Executor]:
     """Processes for `solve_all`, each with one thread; they live until the end of the `with` block.
 
-    They are spawned, not forked, so a script that uses them needs `if __name__ == "__main__":`.
+    They are spawned, not forked, so a script that uses them needs `if __name__ == "__main__":`. Ctrl-C reaches all
+    processes of a terminal; here only the caller decides what it means, and workers finish what they are given.
     """
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=ignore_interrupts)
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))  # a library reads them when it loads: they must be there before
@@ -183,6 +185,11 @@ def start_workers(count: int) -> Iterator[Executor]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     with pool:
         yield pool
+
+
+def ignore_interrupts() -> None:
+    """Leave Ctrl-C to the parent process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def solve_all(

@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 
 from repro.checkpoints import atomic_path
 from repro.experiment import Experiment
-from repro.grids import TITLES, budget
+from repro.grids import LABELS, TITLES
+from repro.papers import PAPERS
 
 DPI = 120
 PALETTE = [tuple(round(part, 4) for part in colour) for colour in sns.color_palette("colorblind")]
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = PALETTE
 INK = "#303030"
+DARK = (0.1882, 0.1882, 0.1882)  # INK, of what others are measured against
 # The font comes with matplotlib, so that the same results look the same on every machine.
 THEME = {
     **sns.axes_style("whitegrid"),
@@ -60,6 +62,18 @@ STYLES = {
     "calibratemix": Style("CalibrateMix", RED, "o"),
     "unimatch": Style("UniMatch", GREEN, "^"),
     "csl": Style("CSL", BLUE, "H"),
+    "plain": Style("Plain CAM", GREY, "D"),
+    "toco": Style("ToCo", ORANGE, "v"),
+    "dupl": Style("DuPL", GREEN, "s"),
+    "afa": Style("AFA", PURPLE, "p"),
+    "pcre": Style("PCRE", BLUE, "P"),
+    "partial_ce": Style("Partial CE", GREY, "v"),
+    "dense_gd": Style("Dense-GD", ORANGE, "p"),
+    "grid_gd": Style("Grid-GD", GREEN, "o"),
+    "adm": Style("ADM", PURPLE, "s"),
+    "trust_region": Style("Grid-TR", SKY, "X"),
+    "robust_trust_region": Style("Robust Grid-TR", BLUE, "^"),
+    "full": Style("Full supervision", DARK, "*"),
 }
 
 
@@ -116,7 +130,8 @@ def setting(experiments: Iterable[Experiment]) -> str:
     data = list(dict.fromkeys(item.data for item in experiments))
     parts = [" / ".join(TITLES.get(name, name) for name in data)]
     labels = " / ".join(map(str, sorted({item.labels for item in experiments})))
-    parts += [budget(data[0] if data else None, labels)]
+    words = next((PAPERS[item.paper].BUDGET for item in experiments), LABELS)
+    parts += [words.format(labels)]
     parts += [" / ".join(dict.fromkeys(item.scale for item in experiments)) + " scale"]
     return ", ".join(parts)
 

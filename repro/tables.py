@@ -18,7 +18,7 @@ import pandas as pd
 from repro.experiment import Experiment, resolve, run_id
 from repro.grids import TITLES, Column, Row, Table, experiment
 from repro.metrics import METRICS, Metric
-from repro.papers.published import DATASETS, NOT_AVAILABLE, Published, Reference, lookup
+from repro.papers.published import DATASETS, NOT_AVAILABLE, PARTS, Published, Reference, lookup
 from repro.runs import folder_of, is_finished, load_metrics
 from repro.settings import unknown
 
@@ -152,7 +152,8 @@ def incomparable(published: Published, measured: Experiment) -> str:
         return NOT_AVAILABLE
     if measured.scale != "paper":
         return f"ours is at {measured.scale} scale"
-    if published.data != measured.data or published.labels != measured.labels:
+    labels = None if published.split in PARTS else measured.labels
+    if published.data != measured.data or published.labels != labels:
         return f"published on {_printed_on([published])}"
     if published.network != (network := resolve(measured).network):
         return f"published with {published.encoder or 'an unknown network'}, ours is {network}"
@@ -172,7 +173,7 @@ def layout(table: Table, frame: pd.DataFrame, column: Column, beside: Column | N
     part = frame[(frame["data"] == column.data) & (frame["labels"] == column.labels)]
     part = part.set_index(["row", "metric"])
     if part.empty:
-        known = {Column(*key).title for key in zip(frame["data"], frame["labels"], strict=True)}
+        known = {Column(*key).title for key in zip(frame["data"], frame["labels"], frame["words"], strict=True)}
         raise unknown("measured column", column.title, known)
     scale, rule, weights = part.iloc[0][["scale", "rule", "weights"]]
     measured = f"measured: {column.title}, {scale} scale, {RULES[rule]}, {WEIGHTS[weights]}"

@@ -19,7 +19,7 @@ from repro.claims import (
     sign_flip_test,
     verdicts,
 )
-from repro.grids import Claim, Column, Row
+from repro.grids import MASKS, Claim, Column, Row
 from repro.papers.published import Published
 from repro.runs import folder_of
 from repro.settings import SettingError
@@ -235,7 +235,8 @@ def test_rule_and_weights_choose_the_number(tmp_path):
 def test_a_claim_that_more_is_better_is_supported_by_higher_values(tmp_path):
     masks = {"paper": "csl", "left": Row("CSL", "csl"), "right": Row("UniMatch", "unimatch"), "metric": "miou"}
     stated = Published("CSL", "T", "Cityscapes", "1/16 (186)", "", "CSL", "", "mIoU", 1.5, None, "invented for a test")
-    tested = claim(**masks, direction="higher", column=Column("voc", 92), small=Column("scenes", 20), published=stated)
+    columns = {"column": Column("voc", 92, MASKS), "small": Column("scenes", 20, MASKS)}
+    tested = claim(**masks, **columns, direction="higher", published=stated)
     for seed in range(5):
         for side, miou in zip(tested.pair("mini", seed), (0.62 + 0.01 * seed, 0.6), strict=True):
             write_mask_run(side, tmp_path, steps=(100,), figures=False, miou=miou)

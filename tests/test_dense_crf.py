@@ -1,14 +1,16 @@
-"""The dense CRF loss against loops over all pairs of pixels."""
+"""The dense CRF loss and inference against loops over all pairs of pixels, and against the released library."""
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from repro import dense_crf
-from repro.dense_crf import FORMS, dense_crf_loss
+from repro.dense_crf import CRF, FORMS, dense_crf_loss, has_lattice, lattice_crf, mean_field
+from repro.settings import SettingError
 
 BATCH, C, H, W = 2, 3, 4, 5
 
@@ -184,3 +186,153 @@ def test_an_unknown_form():
     probs, images, roi = inputs()
     with pytest.raises(ValueError, match="form is 'permutohedral'; it must be one of exact, windowed, sampled"):
         dense_crf_loss(probs, images, roi, form="permutohedral")
+
+
+# Inference
+
+
+def pictures(seed=0, height=H, width=W, dtype=torch.float64):
+    """Probabilities, and images with near and with far colours."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.randn(BATCH, C, height, width, generator=generator, dtype=torch.float64).mul(2).softmax(1)
+    images = torch.randint(0, 12, (BATCH, 3, height, width), generator=generator)
+    images += 200 * (torch.rand(BATCH, 1, height, width, generator=generator) < 0.3)
+    return probs.to(dtype), images.to(torch.uint8)
+
+
+def inferred(probs, image, crf):
+    """Q (C, N) of one image, message by message, with both kernels as loops over pairs."""
+    _, height, width = image.shape
+    pixels = list(itertools.product(range(height), range(width)))
+    count = len(pixels)
+    near = [[math.exp(-(math.dist(p, q) ** 2) / (2 * crf.position_xy**2)) for q in pixels] for p in pixels]
+    alike = kernel_of(image.double(), crf.rgb, crf.xy).tolist()
+    log = [[math.log(max(probs[k, *p].item(), 1e-5)) for p in pixels] for k in range(C)]
+
+    def softmax(values):
+        total = sum(math.exp(value) for value in values)
+        return [math.exp(value) / total for value in values]
+
+    found = [softmax([log[k][i] for k in range(C)]) for i in range(count)]
+    for _ in range(crf.iterations):
+        scores = [[log[k][i] for k in range(C)] for i in range(count)]
+        for weight, kernel in ((crf.position_weight, near), (crf.weight, alike)):
+            total = [sum(row) for row in kernel]
+            for i, j in itertools.product(range(count), repeat=2):
+                share = weight * kernel[i][j] / math.sqrt(total[i] * total[j])
+                for k in range(C):
+                    scores[i][k] += share * found[j][k]
+        found = [softmax(row) for row in scores]
+    return torch.tensor(found, dtype=torch.float64).mT
+
+
+@pytest.mark.parametrize(
+    "crf",
+    [CRF(), CRF(1.0, 2.0, 7.0, 140.0, 1.0, 4), CRF(3.0, 0.6, 4.0, 2.5, 5.0, 1), CRF(0.0, 1.0, 9.0, 1.5, 30.0, 3)],
+    ids=["toco", "pcre", "local", "bilateral"],
+)
+def test_mean_field_is_brute_force(crf):
+    probs, images = pictures()
+    found = mean_field(probs, images, crf)
+    for b in range(BATCH):
+        torch.testing.assert_close(found[b].flatten(1), inferred(probs[b], images[b], crf), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mean_field(probs.float(), images, crf).double(), found, rtol=1e-4, atol=1e-5)
+
+
+def test_without_messages_probabilities_stay():
+    probs, images = pictures(1)
+    probs = 0.9 * probs + 0.1 / C  # none is clipped
+    for silent in (CRF(position_weight=0.0, weight=0.0), CRF(iterations=0)):
+        torch.testing.assert_close(mean_field(probs, images, silent), probs, rtol=1e-9, atol=0)
+    sure = torch.zeros(1, C, 2, 2, dtype=torch.float64)
+    sure[:, 0] = 1
+    clipped = mean_field(sure, images[:1, :, :2, :2], CRF(iterations=0))[0, :, 0, 0]
+    assert clipped.tolist() == pytest.approx([1 / (1 + 2e-5), 1e-5 / (1 + 2e-5), 1e-5 / (1 + 2e-5)])
+
+
+def test_a_single_pixel_has_a_closed_form():
+    """It sends to itself alone, with weight w_1 + w_2: q <- softmax(log p + w q)."""
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    q = p
+    for _ in range(3):
+        q = (p.log() + 2.5 * q).softmax(0)
+    image = torch.full((1, 3, 1, 1), 77, dtype=torch.uint8)
+    found = mean_field(p.view(1, 3, 1, 1), image, CRF(position_weight=1.0, weight=1.5, iterations=3))
+    torch.testing.assert_close(found.flatten(), q, rtol=1e-12, atol=0)
+
+
+def test_colours_decide_where_labels_end():
+    """A wrong pixel takes the label of its colour, not of its neighbours."""
+    image = torch.zeros(1, 3, 6, 6, dtype=torch.uint8)
+    image[..., 3:] = 250
+    truth = torch.zeros(6, 6, dtype=torch.long)
+    truth[:, 3:] = 1
+    probs = F.one_hot(truth, 2).permute(2, 0, 1)[None] * 0.6 + 0.2
+    probs[0, :, 2, 3] = torch.tensor([0.7, 0.3])
+    assert (mean_field(probs, image).argmax(1) == truth).all()
+
+
+def test_labels_and_mirror_images_are_treated_alike():
+    probs, images = pictures(2, 5, 7)
+    found = mean_field(probs, images)
+    order = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(mean_field(probs[:, order], images), found[:, order])
+    torch.testing.assert_close(mean_field(probs.flip(3), images.flip(3)).flip(3), found)
+    torch.testing.assert_close(mean_field(probs.mT, images.mT).mT, found)
+
+
+def test_rows_of_the_kernel_do_not_matter(monkeypatch):
+    probs, images = pictures(3, 6, 5)
+    whole = mean_field(probs, images)
+    for rows in (1, 7, 12):
+        monkeypatch.setattr(dense_crf, "ROWS", rows)
+        torch.testing.assert_close(mean_field(probs, images), whole, rtol=1e-12, atol=0)
+
+
+def test_inference_in_half_precision_and_without_images():
+    probs, images = pictures(4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mean_field(probs, images), mean_field(probs, images))
+        inside = mean_field(probs, images)
+    assert inside.dtype == torch.float32 and torch.equal(inside, mean_field(probs, images))
+    assert mean_field(probs.half(), images).dtype == torch.float32
+    assert mean_field(probs[:0], images[:0]).shape == (0, C, H, W)
+
+
+def test_widths_follow_the_size():
+    crf = CRF(1.0, 2.0, 7.0, 140.0, 1.0).scaled(64 / 448)
+    assert (crf.position_xy, crf.xy) == pytest.approx((2 / 7, 20.0)) and (crf.rgb, crf.weight) == (1.0, 7.0)
+    with pytest.raises(SettingError, match="rgb"):
+        CRF(rgb=0.0)
+
+
+def test_images_must_be_whole_numbers_of_the_same_size():
+    probs, images = pictures()
+    for wrong in (images.float(), images[:, :, 1:], images[:, :2], images[:1]):
+        with pytest.raises(ValueError, match="needs uint8 images"):
+            mean_field(probs, wrong)
+
+
+def test_large_images_need_the_package(monkeypatch):
+    probs, images = pictures(dtype=torch.float32)
+    assert torch.equal(dense_crf.dense_crf(probs, images), mean_field(probs, images))
+    monkeypatch.setattr(dense_crf, "EXACT_PIXELS", H * W - 1)
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
+    with pytest.raises(ModuleNotFoundError, match="of 5 x 4 pixels needs pydensecrf2: pip install .* up to 19 pixels"):
+        dense_crf.dense_crf(probs, images)
+    assert not has_lattice()
+
+
+def test_the_lattice_infers_nearly_the_same():
+    pytest.importorskip("pydensecrf")
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, C, 4, 4, generator=generator)
+    probs = F.interpolate(coarse, (32, 40), mode="bilinear").mul(2).softmax(1)
+    images = F.interpolate(torch.rand(1, 3, 5, 5, generator=generator), (32, 40)).mul(255).byte()
+    for crf in (CRF(1.0, 1.0, 4.0, 12.0, 5.0), CRF(3.0, 3.0, 4.0, 64.0, 5.0)):
+        exact = mean_field(probs, images, crf)[0]
+        found = torch.from_numpy(lattice_crf(probs[0].numpy(), images[0].permute(1, 2, 0).numpy(), crf))
+        assert (found - exact).abs().mean() < 0.01
+        assert (found.argmax(0) == exact.argmax(0)).float().mean() > 0.98
+        assert (exact.argmax(0) != probs[0].argmax(0)).any()

@@ -1,8 +1,7 @@
 import pytest
 
-from repro.data.masks_sources import MASK_SOURCES
 from repro.experiment import Experiment, run_id
-from repro.grids import EMBEDDED, TITLES, WITH_MASKS, Claim, Column, Row, Table, ablation, budget, checked_seeds
+from repro.grids import EMBEDDED, MASKS, TAGS, TITLES, Claim, Column, Row, Table, ablation, checked_seeds, place
 from repro.papers import PAPERS
 from repro.settings import SettingError
 
@@ -36,19 +35,26 @@ def test_a_scale_changes_the_columns_and_nothing_else():
     [
         (("fashion", 100), "Fashion-MNIST part, 100 labels"),
         (("svhn_extra", 40), "SVHN with extra, 40 labels"),
-        (("scenes", 20), "Fashion scenes, 20 masks"),
-        (("voc", 92), "Pascal VOC 2012, 92 masks"),
-        (("coco2017", 232), "COCO, 232 masks"),
+        (("scenes", 20, MASKS), "Fashion scenes, 20 masks"),
+        (("voc", 92, MASKS), "Pascal VOC 2012, 92 masks"),
+        (("scenes", 500, TAGS), "Fashion scenes, 500 tagged images"),
     ],
 )
 def test_a_column_says_what_its_number_counts(column, title):
     assert Column(*column).title == title
 
 
-def test_every_data_set_has_a_title_and_those_with_masks_count_masks():
+def test_every_data_set_has_a_title():
     assert {name for paper in PAPERS.values() for name in paper.DATA} <= set(TITLES) and set(EMBEDDED) <= set(TITLES)
-    assert set(WITH_MASKS) - {"scenes"} <= set(MASK_SOURCES)
-    assert budget("cityscapes", "20 / 40") == "20 / 40 masks" and budget(None, 40) == "40 labels"
+
+
+@pytest.mark.parametrize("paper", PAPERS.values(), ids=lambda paper: paper.TITLE)
+def test_all_columns_of_a_paper_count_its_own_kind_of_label(paper):
+    tables = (*paper.TABLES.values(), *paper.ABLATIONS.values())
+    columns = {column for table in tables for column in (*table.columns, *table.small)}
+    columns |= {column for claim in paper.CLAIMS.values() for column in (claim.column, claim.small)}
+    assert {column.words for column in columns} == {paper.BUDGET}
+    assert {place(item) for item in paper.main_experiments("mini", (0,))} <= columns
 
 
 @pytest.mark.parametrize("seeds", [(), (0, 0), (-1,), (0.0,), (True,), ("0",)])

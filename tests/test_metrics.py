@@ -40,7 +40,8 @@ def test_the_better_way_of_every_metric():
     higher = {name for name, metric in METRICS.items() if not metric.lower}
     assert higher == {
         "accuracy", "miou", "miou_present", "pixel_accuracy", "mean_class_accuracy", "boundary_iou", "boundary_f",
-        "pixel_confidence",
+        "pixel_confidence", "miou_ms", "miou_crf", "cam_miou", "cam_miou_train", "cam_miou_best",
+        "cam_above_chance", "proposal_accuracy", "proposal_miou",
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from repro import plots_masks as figures
 from repro import style
 from repro.checkpoints import save_state, write_json
 from repro.experiment import Experiment
-from repro.grids import Column
+from repro.grids import MASKS, Column
 from repro.papers import PAPERS
 from repro.plots_plane import class_colours
 from repro.runs import folder_of, load_history, load_metrics, load_outputs
@@ -211,13 +211,13 @@ def test_bars_by_budget_are_ours_with_deviation_and_n(root):
     low, high = line[2][0].get_segments()[0][:, 1]
     assert (high - low) / 2 == pytest.approx(values.std(ddof=1))
     assert [text.get_text() for text in miou.texts] == [NOT_RUN, "1", "1", "2"]
-    assert [label.get_text() for label in ece.get_xticklabels()] == [Column("scenes", n).title for n in (10, 20)]
+    assert [label.get_text() for label in ece.get_xticklabels()] == [Column("scenes", n, MASKS).title for n in (10, 20)]
     assert "not run: UniMatch" in texts(figure)
 
 
 def test_a_second_row_of_a_method_is_hatched(copied):
     table = TABLE.only(["UniMatch", "UniMatch, output stride 8"])
-    column = Column("scenes", 20)
+    column = Column("scenes", 20, MASKS)
     for row in table.rows:
         write_mask_run(table.cell(row, column, "tiny", (0,))[0], copied, figures=False)
     miou, _ = figures.miou_by_budget(table, "tiny", (0,), copied).axes

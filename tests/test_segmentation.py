@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from torch import nn
+from torch.nn import functional as F
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassJaccardIndex
 
 from repro.segmentation import (
@@ -17,12 +18,14 @@ from repro.segmentation import (
     boundary_iou,
     boundary_matches,
     boundary_overlap,
+    combined,
     confusion,
     evaluate,
     iou,
     mean_iou,
     pixel_accuracy,
     pixels_of,
+    scale_logits,
     sliding_window,
     whole_image,
 )  # fmt: skip
@@ -350,3 +353,60 @@ def test_evaluate_names_an_empty_set_and_restores_modes_after_an_error():
     with pytest.raises(RuntimeError):
         evaluate(network, [(torch.randn(1, 2, 4, 4), torch.zeros(1, 5, 5))], 3)
     assert network.training
+
+
+# Scales and mirror images
+
+
+class Halving(nn.Module):
+    """Logits at half the size, of a convolution that sees left and right differently."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, K, 3, 2, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("size", [None, (13, 9)])
+def test_logits_over_scales_are_those_of_single_passes(size):
+    """One image, one scale and one direction at a time, mirrored by a loop over columns."""
+    network, images = Halving().eval(), torch.randn(2, 3, 11, 14, generator=torch.Generator().manual_seed(1))
+    scales, (height, width) = (1.0, 1.25, 0.5), size or (11, 14)
+    found = scale_logits(network, images, scales, size)
+    assert found.shape == (3, 2, K, height, width)
+    for at, scale in enumerate(scales):
+        for b in range(2):
+            small = (int(11 * scale), int(14 * scale))
+            seen = F.interpolate(images[b : b + 1], small, mode="bilinear", align_corners=False)
+            turned = torch.stack([seen[..., small[1] - 1 - column] for column in range(small[1])], -1)
+            with torch.no_grad():
+                plain, mirrored = (
+                    F.interpolate(network(x), (height, width), mode="bilinear", align_corners=False)[0]
+                    for x in (seen, turned)
+                )
+            back = torch.stack([mirrored[..., width - 1 - column] for column in range(width)], -1)
+            torch.testing.assert_close(found[at, b], plain + back, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_half_networks_are_summed_in_single_precision():
+    network = Halving().bfloat16().eval()
+    assert scale_logits(network, torch.randn(1, 3, 8, 8).bfloat16(), (1.0,)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scales", [(), (1.0, 0.0), (-1.0,)])
+def test_scales_must_be_positive(scales):
+    with pytest.raises(ValueError, match="at least one is needed and all must be positive"):
+        scale_logits(Halving(), torch.zeros(1, 3, 8, 8), scales)
+
+
+def test_combining_scales_element_by_element():
+    logits = torch.tensor([[1.0, 5.0, -2.0], [4.0, 2.0, -1.0], [4.0, 2.0, -6.0]]).view(3, 1, 3, 1, 1)
+    assert combined(logits).flatten().tolist() == [4, 5, -1]
+    # means 3, 3, -3 against the first scale's 1, 5, -2
+    assert combined(logits, "mean-or-first").flatten().tolist() == [3, 5, -2]
+    assert torch.equal(combined(logits[:1], "mean-or-first"), logits[0])
+    with pytest.raises(ValueError, match="form is 'mean'; it must be one of 'max', 'mean-or-first'"):
+        combined(logits, "mean")

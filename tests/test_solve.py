@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
@@ -251,6 +252,20 @@ def test_workers_have_one_thread_and_the_rest_of_the_environment_stays(workers):
     limits = list(workers.map(os.getenv, ["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"] * 2))
     assert limits == ["1"] * 6
     assert workers.submit(os.getpid).result() != os.getpid()
+
+
+def test_ctrl_c_does_not_reach_the_workers():
+    """As in a terminal, where the signal goes to every process of the job."""
+    mine = signal.getsignal(signal.SIGINT)
+    with start_workers(1) as pool:
+        worker = pool.submit(os.getpid).result()
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+        os.kill(worker, signal.SIGINT)
+        made = [problem_of(seed) for seed in range(3)]
+        found = solve_all(made, SolverSettings(), pool)
+        assert pool.submit(os.getpid).result() == worker
+    assert [one.energy for one in found] == [solve(problem, SolverSettings()).energy for problem in made]
+    assert signal.getsignal(signal.SIGINT) is mine
 
 
 def test_start_workers_leaves_this_process_as_it_was(monkeypatch):

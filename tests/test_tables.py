@@ -10,7 +10,7 @@ import pytest
 from repro import evaluation, tables
 from repro.calibration import all_metrics
 from repro.checkpoints import CorruptFile, read_json, write_json
-from repro.grids import CALIBRATED, MASKED, Column, Row, Table
+from repro.grids import CALIBRATED, MASKED, MASKS, Column, Row, Table
 from repro.metrics import METRICS
 from repro.papers.published import Published, Reference
 from repro.runs import folder_of
@@ -162,6 +162,8 @@ def test_names_agree_with_what_runs_store():
     import torch
 
     from repro.methods.few_labels.task import temperature_scaled
+    from repro.methods.image_tags.final import final_scores
+    from repro.methods.image_tags.task import cam_report
 
     probs, labels = torch.tensor([[0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]), torch.tensor([0, 1, 1])
     arrays = {
@@ -172,7 +174,10 @@ def test_names_agree_with_what_runs_store():
     }
     stored = all_metrics(probs, labels) | temperature_scaled(arrays)
     of_masks = measured(torch.full((1, 6, 4, 4), 1 / 6), torch.zeros(1, 4, 4, dtype=torch.uint8))
-    assert set(METRICS) <= set(stored) | set(of_masks)
+    of_tags = cam_report(torch.ones(100, 6, 6, dtype=torch.int64), 0.5) | final_scores({})
+    beside = {"cam_miou_train", "cam_above_chance", "potts_energy", "potts_energy_soft", "proposal_accuracy",
+              "proposal_miou"}  # fmt: skip
+    assert set(METRICS) <= set(stored) | set(of_masks) | set(of_tags) | beside
     assert set(CALIBRATED) <= set(METRICS) & set(stored) and set(MASKED) <= set(METRICS) & set(of_masks)
     assert tuple(tables.RULES) == evaluation.REPORTING
 
@@ -280,7 +285,7 @@ def test_a_printed_accuracy_is_shown_as_the_error_that_the_column_promises():
 
 # Masks
 
-SCENES, PASCAL = Column("scenes", 20), Column("voc", 92)
+SCENES, PASCAL = Column("scenes", 20, MASKS), Column("voc", 92, MASKS)
 README = Reference("UniMatch", "README", "miou")
 
 

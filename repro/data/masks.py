@@ -109,6 +109,21 @@ def choose(count: int, chosen: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[:chosen].sort().values, order[chosen:].sort().values
 
 
+def show_tags(tags: Tensor, shown: int, seed: int, candidates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a method may see of tags: (N, C) float32, zeros where they are hidden, and the images (shown,) int64.
+
+    tags: (N, C) bool. shown: 1 to the number of candidates; equal seeds give nested subsets, ascending.
+    candidates: (M,) int64 images that may be shown, ascending; None for all. Raises ValueError.
+    """
+    candidates = torch.arange(len(tags)) if candidates is None else candidates
+    if not 1 <= shown <= len(candidates):
+        raise ValueError(f"tags of {shown} images: ask for 1 to {len(candidates)}")
+    index = candidates[choose(len(candidates), shown, seed)[0]]
+    seen = torch.zeros(tags.shape)
+    seen[index] = tags[index].float()
+    return seen, index
+
+
 def tags_of(masks: Tensor, classes: int) -> Tensor:
     """(N, K) bool: whether a class has a pixel.
 

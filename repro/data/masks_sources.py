@@ -4,6 +4,8 @@
     pool = draw_folder(train, "366", seed=0, crop=321)      # published list if there is one, else a seeded draw
     items = pool.take(index)      # scaled, padded and cropped in worker threads
     image, mask = open_masks("voc", "val").read(0)      # at its original size
+    train, tags = open_tags("voc", "train_aug")      # image tags; no mask belongs to it
+    pool = draw_tags(train, tags, len(train), seed=0, crop=448)
 
 | name | folder | images | masks |
 | --- | --- | --- | --- |
@@ -11,13 +13,15 @@
 | cityscapes | cityscapes/ | leftImg8bit/ | gtFine/, *_labelIds.png or *_labelTrainIds.png |
 | coco2014, coco2017 | coco/ | train2017/ ... | masks/*.png (0 background, 1..80) or annotations/instances_*.json |
 
-Masks that a split hides are never opened. Everything that can be wrong is one `DataError`.
+Tags come from VOC's Annotations/*.xml, from COCO's instances_*.json, or, where it exists, from <root>/tags/<name>.csv
+with lines "name,class,class". Masks that a split hides are never opened. All that can be wrong is one `DataError`.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,13 +40,18 @@ from repro.data.mask_layouts import (
     cityscapes_pairs,
     coco_mask,
     coco_pairs,
+    coco_tag_pairs,
+    coco_tags,
     file_of,
+    listed_tags,
     names_in,
     voc_mask,
     voc_pairs,
+    voc_tag_pairs,
+    voc_tags,
 )
 from repro.data.mask_views import PADDING, place
-from repro.data.masks import IGNORE, choose
+from repro.data.masks import IGNORE, choose, show_tags
 from repro.training import Items
 
 
@@ -55,6 +64,8 @@ class MaskSource:
     decode: mask file -> (H, W) classes and 255
     counts: split -> number of images
     lists: folder of the published lists below splits/; budgets: name of a list -> masks it shows
+    tag_pairs: (folder, split) -> images, as `pairs` has them, and the files that tell their tags; tags: those files ->
+        (N, C) bool without the background. None where no method uses tags
     """
 
     name: str
@@ -66,13 +77,16 @@ class MaskSource:
     lists: str = ""
     budgets: Mapping[str, int] = field(default_factory=dict, hash=False)
     get: str = ""
+    tag_pairs: Callable[[Path, str], list[Pair]] | None = None
+    tags: Callable[[Sequence[Path]], np.ndarray] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MaskFolder:
     """One split of a data set in files.
 
-    pairs: image and mask file of each item; a mask "file.json#7" is image 7 of a COCO annotation file
+    pairs: image and mask file of each item; a mask "file.json#7" is image 7 of a COCO annotation file. Of `open_tags`
+        the file that tells the tags, which is no mask
     digest: sha256 of the file names and sizes (not of the contents, which would take minutes)
     """
 
@@ -208,6 +222,49 @@ class FolderPool:
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
 
 
+@dataclass(frozen=True, eq=False)
+class TagPool:
+    """What a method may see of a data set in files whose supervision is image tags.
+
+    crops: its images, all of whose masks are hidden. labelled: positions of the images whose tags are shown, int64 on
+    the CPU; unlabelled: of the others. labels: (N, C) float32 tags, zeros where hidden. name, digest: with the images
+    shown, and the tags.
+    """
+
+    crops: FolderPool
+    labelled: Tensor
+    unlabelled: Tensor
+    labels: Tensor
+    name: str
+    digest: str
+
+    @property
+    def folder(self) -> MaskFolder:
+        return self.crops.folder
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.folder.classes
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Of the crops; its state belongs to the caller's checkpoint."""
+        return self.crops.generator
+
+    def to(self, device: torch.device | str) -> "TagPool":
+        """The same pool whose items are delivered to `device`."""
+        return replace(self, crops=self.crops.to(device), labels=self.labels.to(device))
+
+    def take(self, index: Tensor) -> Items:
+        """Crops of these images and their tags: (B, 4, S, S) uint8, and labels (B, C).
+
+        index: (B,) int64 on the CPU. The fourth channel is 255 inside an image and 0 where padded.
+        """
+        items = self.crops.take(index)
+        inside = torch.where(items.labels == PADDING, 0, 255).to(torch.uint8)
+        return Items(items.index, torch.cat([items.images, inside[:, None]], 1), self.labels[items.index])
+
+
 def open_masks(name: str, split: str, root: str | os.PathLike | None = None) -> MaskFolder:
     """Find a data set, list its pairs and check that every file is there.
 
@@ -215,6 +272,34 @@ def open_masks(name: str, split: str, root: str | os.PathLike | None = None) -> 
     root: folder that holds the data sets, default $REPRO_DATA
     Raises DataError, which says where it looked and how to get the data.
     """
+    source, root, folder = _located(name, split, root)
+    return _listing(source, split, root, folder, source.pairs(folder, split))
+
+
+def open_tags(name: str, split: str, root: str | os.PathLike | None = None) -> tuple[MaskFolder, Tensor]:
+    """The images of `open_masks`, in the same order, and their tags (N, C) bool; masks need not be there.
+
+    C: classes without the background. Images without any object have no tag. name, split, root: as for `open_masks`.
+    Tags are those of <root>/tags/<name>.csv if there is such a file (`mask_layouts.listed_tags`), else the data set's.
+    Raises DataError.
+    """
+    source, root, folder = _located(name, split, root)
+    if source.tag_pairs is None or source.tags is None:
+        known = ", ".join(other.name for other in MASK_SOURCES.values() if other.tags)
+        raise DataError(f"{name} has no image tags; data sets with tags: {known}")
+    own = root / "tags" / f"{name}.csv"
+    pairs = source.tag_pairs(folder, split)
+    pairs = [(image, own) for image, _ in pairs] if own.is_file() else pairs
+    found = _listing(source, split, root, folder, pairs, f" Tags may also be listed in {own}, as name,class,class")
+    if own.is_file():
+        tags = listed_tags(own, [image.stem for image, _ in pairs], source.classes[1:])
+    else:
+        tags = source.tags([path for _, path in pairs])
+    return found, torch.from_numpy(tags)
+
+
+def _located(name: str, split: str, root: str | os.PathLike | None) -> tuple[MaskSource, Path, Path]:
+    """Catalogue entry, root, and the data set's folder below it."""
     if name not in MASK_SOURCES:
         raise DataError(f"unknown data set {name!r}; known: {', '.join(MASK_SOURCES)}")
     source = MASK_SOURCES[name]
@@ -227,11 +312,18 @@ def open_masks(name: str, split: str, root: str | os.PathLike | None = None) -> 
     folder = next((root / place for place in source.folders if (root / place).is_dir()), None)
     if folder is None:
         raise DataError(f"{name}: none of {', '.join(source.folders)} in {root}. {source.get}")
-    pairs = source.pairs(folder, split)
-    missing = [str(path) for pair in pairs for path in pair if not file_of(path).is_file()]
+    return source, root, folder
+
+
+def _listing(source: MaskSource, split: str, root: Path, folder: Path, pairs: list[Pair], hint: str = "") -> MaskFolder:
+    """Pairs whose files are all there, and as many as the catalogue says."""
+    name = source.name
+    files = dict.fromkeys(file_of(path) for pair in pairs for path in pair)
+    sizes = {path: path.stat().st_size if path.is_file() else None for path in files}
+    missing = [str(path) for path, size in sizes.items() if size is None]
     if missing:
         raise DataError(
-            f"{name}/{split}: {len(missing)} files are missing, first {', '.join(missing[:5])}. {source.get}"
+            f"{name}/{split}: {len(missing)} files are missing, first {', '.join(missing[:5])}. {source.get}{hint}"
         )
     if len(pairs) != source.counts[split]:
         raise DataError(
@@ -241,7 +333,7 @@ def open_masks(name: str, split: str, root: str | os.PathLike | None = None) -> 
     digest = hashlib.sha256(f"{name} {split}".encode())
     for pair in pairs:
         for path in pair:
-            digest.update(f"\n{path.relative_to(folder).as_posix()} {file_of(path).stat().st_size}".encode())
+            digest.update(f"\n{os.path.relpath(path, folder)} {sizes[file_of(path)]}".encode())
     return MaskFolder(source, split, root, tuple(pairs), digest.hexdigest())
 
 
@@ -289,6 +381,37 @@ def draw_folder(
     )
 
 
+def draw_tags(
+    folder: MaskFolder, tags: Tensor, shown: int, seed: int, crop: int, scale: tuple[float, float] = (0.5, 2.0),
+    workers: int = 8,
+) -> TagPool:  # fmt: skip
+    """A pool that shows the tags of `shown` images, in order, drawn by the seed where more have tags.
+
+    folder, tags: of `open_tags`; images without a tag are never shown, as in the papers' lists. Their masks cannot be
+    reached from here. crop, scale: as for `draw_folder`. Raises ValueError when fewer images than `shown` have tags.
+    """
+    labels, index = show_tags(tags, shown, seed, tags.any(1).nonzero()[:, 0])
+    everything, none = torch.arange(len(folder)), torch.empty(0, dtype=torch.int64)
+    digest = hashlib.sha256(f"{folder.digest} {index.tolist()}".encode())
+    digest.update(tags.numpy().tobytes())
+    name, digest = f"{folder.name}.{seed}@{shown}", digest.hexdigest()
+    generator, threads = torch.Generator().manual_seed(seed), ThreadPoolExecutor(workers)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    crops = FolderPool(folder, none, everything, name, digest, crop, scale, generator, threads, nothing)
+    return TagPool(crops, index, everything[~torch.isin(everything, index)], labels, name, digest)
+
+
+def read_ahead(workers: Executor, call: Callable, items: Iterable, depth: int) -> Iterator:
+    """`call` of each item in order, at most `depth` of them ahead of the reader, in threads or processes."""
+    waiting: deque = deque()
+    for item in items:
+        waiting.append(workers.submit(call, item))
+        if len(waiting) >= depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 def _listed(folder: MaskFolder, path: Path) -> Tensor:
     """Ascending positions of the images that a list names; the mask named beside each is that of our own layout."""
     position = {image.name: index for index, (image, _) in enumerate(folder.pairs)}
@@ -328,6 +451,7 @@ MASK_SOURCES = {
             {"train": 1464, "train_aug": 10_582, "val": 1449}, "pascal", CLASSIC | BLENDED,
             "To get it: VOCtrainval_11-May-2012.tar (host.robots.ox.ac.uk) unpacked below root, and for train_aug "
             "either SegmentationClassAug/ or SBD's benchmark_RELEASE/ beside its folders",
+            voc_tag_pairs, voc_tags,
         ),
         MaskSource(
             "cityscapes", ("cityscapes", "Cityscapes"), cityscapes_pairs, cityscapes_mask, CITYSCAPES_CLASSES,
@@ -338,7 +462,7 @@ MASK_SOURCES = {
         _COCO,
         replace(
             _COCO, name="coco2014", pairs=coco_pairs("2014"), counts={"train": 82_783, "val": 40_504}, lists="coco2014",
-            budgets={},
+            budgets={}, tag_pairs=coco_tag_pairs("2014"), tags=coco_tags,
         ),
     )
 }

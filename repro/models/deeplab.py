@@ -1,11 +1,14 @@
-"""DeepLabV3+ (Chen et al., 2018) as the few-mask codes build it, with a feature-perturbed second output."""
+"""DeepLabV3+ (Chen et al., 2018) as the few-mask and scribble codes build it, with a second, perturbed output."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repro.models.mobilenet import mobilenet_v2
 from repro.models.resnet import LAYOUTS, convolution, resnet
 
+MOBILENET = "mobilenetv2_100"  # timm's name of MobileNetV2, width 1
+BACKBONES = (*LAYOUTS, MOBILENET)
 RATES_AT_16 = (6, 12, 18)  # dilations of the pyramid at output stride 16, twice as large at 8
 MINI_RATES_AT_8 = (1, 2, 3)  # ours: the published ones would miss a 64 px scene
 FEATURE_DROPOUT = 0.5
@@ -88,18 +91,22 @@ class DeepLabV3Plus(nn.Module):
         return clean, perturbed
 
 
-def deeplab(name: str, classes: int, output_stride: int, channels: int = 3) -> DeepLabV3Plus:
-    """A freshly initialised DeepLabV3+ on a ResNet backbone; `repro.models.pretrained` fills the backbone.
+def deeplab(
+    name: str, classes: int, output_stride: int, channels: int = 3, dropout: tuple[float, float] = (0.0, 0.0)
+) -> DeepLabV3Plus:
+    """A freshly initialised DeepLabV3+ on a ResNet or MobileNetV2; `repro.models.pretrained` fills the backbone.
 
-    name: a key of `resnet.LAYOUTS`; "resnet101s" is the papers' ResNet-101 with a deep stem.
+    name: one of `BACKBONES`; "resnet101s" is the few-mask papers' ResNet-101 with a deep stem, "mobilenetv2_100" the
+        scribble papers' backbone.
     classes: K, at least 1, with the background.
-    output_stride: 8 (CSL) or 16 (UniMatch); "resnet-mini" has half of each: 4 or 8. The pyramid's rates follow,
-        12/24/36 and 6/12/18; "resnet-mini" 2/4/6 and 1/2/3.
+    output_stride: 8 (CSL) or 16 (UniMatch, Robust Trust Region); "resnet-mini" has half of each: 4 or 8. The
+        pyramid's rates follow, 12/24/36 and 6/12/18; "resnet-mini" 2/4/6 and 1/2/3.
+    dropout: behind both 3x3 convolutions of the decoder; scribble papers .5 and .1, few-mask papers none.
     Raises ValueError for names and values outside these ranges.
-    Source: released code (UniMatch: head 256, low-level 48); the narrow head of "resnet-mini" is ours.
+    Source: released codes (head 256, low-level 48); the narrow head of "resnet-mini" is ours.
     """
-    if name not in LAYOUTS:
-        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(LAYOUTS)}")
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}")
     if classes < 1:
         raise ValueError(f"classes is {classes}; it must be at least 1")
     mini = name == "resnet-mini"
@@ -107,5 +114,9 @@ def deeplab(name: str, classes: int, output_stride: int, channels: int = 3) -> D
     if output_stride not in (coarse // 2, coarse):
         raise ValueError(f"output_stride is {output_stride}; {name} has {coarse // 2} or {coarse} here")
     rates = tuple(rate * coarse // output_stride for rate in (MINI_RATES_AT_8 if mini else RATES_AT_16))
-    backbone = resnet(name, output_stride, channels=channels)
-    return DeepLabV3Plus(backbone, classes, rates, **({"width": 32, "low_width": 12} if mini else {}))
+    if name == MOBILENET:
+        backbone = mobilenet_v2(output_stride, channels=channels)
+    else:
+        backbone = resnet(name, output_stride, channels=channels)
+    sizes = {"width": 32, "low_width": 12} if mini else {}
+    return DeepLabV3Plus(backbone, classes, rates, dropout=dropout, **sizes)

@@ -26,13 +26,16 @@ from repro.data.augment import Views
 from repro.data.embed import official_index, read_official
 from repro.data.images import SOURCES
 from repro.models.pretrained import MEAN, SHIPPED, STD
-from repro.models.resnet import ResNet, resnet
+from repro.models.resnet import resnet
+from repro.models.vit import LAYOUTS as VITS
+from repro.models.vit import ViT, vit
 
 SIDE = 48  # of the pictures; the garments are as large as in scenes of 64
 EXTENT = (22, 46)  # side of a garment in pixels
 PICTURES = {"train": 1, "test": 2}  # Philox keys
 CHUNK = 256
-BATCH, RATE, DECAY = 128, 0.2, 5e-4
+BATCH = 128
+SGD, ADAMW = {"lr": 0.2, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}, {"lr": 2e-3, "weight_decay": 0.05}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="folder of the official *-ubyte.gz files")
     parser.add_argument("--target", type=Path, default=SHIPPED, help="folder for the weights")
-    parser.add_argument("--backbone", default="resnet-mini", help="a ResNet by name")
+    parser.add_argument("--backbone", default="resnet-mini", help="a ResNet or a ViT by name")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--limit", type=int, help="use only that many garments of each split (for tests)")
     options = parser.parse_args(arguments)
@@ -108,21 +111,46 @@ def pictures(garments: Tensor, seed: int) -> Tensor:
     return images
 
 
-def pretrain(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int = 0) -> ResNet:
-    """A ResNet with classifier trained on pictures: SGD with Nesterov momentum, one cycle, flips and shifts."""
+class Pooled(nn.Module):
+    """A ViT under one classifier that reads the patches' mean and the class token, so that both learn."""
+
+    def __init__(self, encoder: ViT, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K, 2), of the mean and of the token."""
+        tokens = self.encoder(x)
+        return self.head(torch.stack([tokens.patches.mean(1), tokens.class_tokens[:, 0]], 1)).mT
+
+
+def classifier(name: str, classes: int) -> nn.Module:
+    """A freshly initialised ResNet or ViT that classifies whole pictures."""
+    if name in VITS:
+        return Pooled(vit(name), classes)
+    return resnet(name, classes=classes).to(memory_format=torch.channels_last)
+
+
+def pretrain(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int = 0) -> nn.Module:
+    """A ResNet or ViT with classifier trained on pictures: one cycle, flips and shifts.
+
+    ResNets learn by SGD with Nesterov momentum, ViTs by AdamW.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    network = resnet(name, classes=len(SOURCES["fashion"].classes)).to(memory_format=torch.channels_last)
+    network = classifier(name, len(SOURCES["fashion"].classes))
     views = Views(MEAN, STD, flip=True, padding=4, generator=generator)
-    optimiser = torch.optim.SGD(network.parameters(), RATE, momentum=0.9, weight_decay=DECAY, nesterov=True)
+    settings, kind = (ADAMW, torch.optim.AdamW) if name in VITS else (SGD, torch.optim.SGD)
+    optimiser = kind(network.parameters(), **settings)
     steps = epochs * (len(labels) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings["lr"], total_steps=steps, pct_start=0.2)
     for epoch in range(epochs):
         begun, total = time.perf_counter(), 0.0
         order = torch.randperm(len(labels), generator=generator)
         for index in order[: len(order) // BATCH * BATCH].split(BATCH):
             batch = views.weak(images[index]).contiguous(memory_format=torch.channels_last)
-            loss = F.cross_entropy(network(batch), labels[index])
+            logits = network(batch)
+            loss = F.cross_entropy(logits, labels[index, None].expand(-1, 2) if logits.ndim == 3 else labels[index])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -137,14 +165,16 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of right classes, in eval mode."""
     network.eval()
     views = Views(MEAN, STD, flip=False)
-    predicted = [network(views.plain(part)).argmax(1) for part in images.split(500)]
-    return (torch.cat(predicted) == labels).double().mean().item()
+    logits = torch.cat([network(views.plain(part)) for part in images.split(500)])
+    predicted = (logits.mean(2) if logits.ndim == 3 else logits).argmax(1)
+    return (predicted == labels).double().mean().item()
 
 
 def save(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     """Write weights: matrices and kernels as float16, everything of batch norms and biases as float32."""
     tensors = {
-        key: (value.half() if value.ndim > 1 else value).contiguous() for key, value in network.state_dict().items()
+        key.removeprefix("encoder."): (value.half() if value.ndim > 1 else value).contiguous()
+        for key, value in network.state_dict().items()
     }
     with atomic_path(path) as part:
         save_file(tensors, part, metadata=metadata)

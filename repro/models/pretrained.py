@@ -27,7 +27,10 @@ DEFAULTS = {
     "resnet50s": "timm/resnet50s.gluon_in1k",
     "resnet101s": "timm/resnet101s.gluon_in1k",  # assumption: the papers' file of this network is not on the hub
     "mobilenetv2_100": "timm/mobilenetv2_100.ra_in1k",  # assumption: likewise
+    "vit_base_patch16_224": "timm/vit_base_patch16_224.orig_in21k_ft_in1k",  # the port that ToCo and PCRE name
+    "deit_base_patch16_224": "timm/deit_base_patch16_224.fb_in1k",
     "resnet-mini": "shipped",
+    "vit-mini": "shipped",
 }
 CLASSIFIER = ("fc.", "classifier.", "head.", "conv_head.", "bn2.")  # what a backbone leaves out
 TRANSFORMERS = (
@@ -125,9 +128,12 @@ def fill(backbone: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None
     """Copy tensors (any floating type) into a backbone of the same names and shapes; all or nothing.
 
     where: for messages. Tensors of a classifier that the backbone lacks are left out, batch norms' counters may be
-        missing. Raises WeightsError when another tensor is missing, left over or of another shape.
+        missing. A backbone with a method `fitted` (ViT: class tokens and positions) adapts the tensors first.
+        Raises WeightsError when another tensor is missing, left over or of another shape.
     """
     state, found = backbone.state_dict(), timm_names(tensors)
+    if hasattr(backbone, "fitted"):
+        found = backbone.fitted(found)
     missing = [key for key in state if key not in found and not key.endswith("num_batches_tracked")]
     surplus = [key for key in found if key not in state and not key.startswith(CLASSIFIER)]
     if missing or surplus:

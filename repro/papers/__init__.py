@@ -2,6 +2,6 @@
 
 from types import ModuleType
 
-from repro.papers import calibratemix, commatch, csl
+from repro.papers import calibratemix, commatch, csl, pcre
 
-PAPERS: dict[str, ModuleType] = {"commatch": commatch, "calibratemix": calibratemix, "csl": csl}
+PAPERS: dict[str, ModuleType] = {"commatch": commatch, "calibratemix": calibratemix, "csl": csl, "pcre": pcre}

@@ -7,7 +7,7 @@ SoftMatch as the base; on other bases the method is a reconstruction.
 from collections.abc import Sequence
 
 from repro.experiment import Experiment, Recipe
-from repro.grids import Claim, Column, Row, Table, ablation, checked_seeds, experiment
+from repro.grids import LABELS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers import few_labels, published
 from repro.papers.published import Reference
 
@@ -22,6 +22,7 @@ NOTE = (
 )
 METHODS = ("supervised", "fixmatch", "flexmatch", "freematch", "softmatch", "marginmatch", "calibratemix")
 DATA = ("fashion", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10")
+BUDGET = LABELS
 HEADLINES = ("error", "ece_15")
 check_budget, check_recipe = few_labels.check_budget, few_labels.check_recipe
 

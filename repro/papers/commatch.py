@@ -8,7 +8,7 @@ ablation of Table 3 are not available; their rows exist here, with empty publish
 from collections.abc import Sequence
 
 from repro.experiment import Experiment, Recipe
-from repro.grids import Claim, Column, Row, Table, ablation, checked_seeds, experiment
+from repro.grids import LABELS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers import few_labels, published
 from repro.papers.published import Derived, Published, Reference
 
@@ -20,6 +20,7 @@ NOTE = (
 METHODS = ("supervised", "pseudo_label", "mean_teacher", "mixmatch", "remixmatch", "uda", "fixmatch",
            "flexmatch", "ups", "commatch")  # fmt: skip
 DATA = ("fashion", "cifar10", "cifar100", "svhn", "svhn_extra", "stl10")
+BUDGET = LABELS
 HEADLINES = ("error", "ece_15")
 check_budget, check_recipe = few_labels.check_budget, few_labels.check_recipe
 

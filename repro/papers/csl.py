@@ -7,7 +7,7 @@ Published numbers are its peers', from the READMEs of UniMatch, CorrMatch and Un
 from collections.abc import Sequence
 
 from repro.experiment import Experiment, Recipe
-from repro.grids import MASKED, Claim, Column, Row, Table, ablation, checked_seeds, experiment
+from repro.grids import MASKED, MASKS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers import few_masks, published
 from repro.papers.published import Reference
 
@@ -20,6 +20,7 @@ NOTE = (
 )
 METHODS = ("supervised", "fixmatch", "unimatch", "csl")
 DATA = ("scenes", "voc", "cityscapes", "coco2017")
+BUDGET = MASKS
 HEADLINES = ("miou", "ece_15")
 check_budget, check_recipe = few_masks.check_budget, few_masks.check_recipe
 
@@ -39,8 +40,8 @@ def recipe(method: str, data: str, labels: int, scale: str) -> Recipe:
 # Tables and ablations
 
 PUBLISHED = published.load("csl")
-SCENES = tuple(Column("scenes", masks) for masks in few_masks.BUDGETS["scenes"])
-SCENES_20, VOC_183 = Column("scenes", 20), Column("voc", 183)
+SCENES = tuple(Column("scenes", masks, MASKS) for masks in few_masks.BUDGETS["scenes"])
+SCENES_20, VOC_183 = Column("scenes", 20, MASKS), Column("voc", 183, MASKS)
 STRIDE_8, STRIDE_16 = {"output_stride": 8}, {"output_stride": 16}
 
 SUPERVISED = Row("Supervised", "supervised", published=("SupBaseline", "SupOnly"))
@@ -85,7 +86,7 @@ def _table(
 
 
 def _columns(data: str, *masks: int) -> tuple[Column, ...]:
-    return tuple(Column(data, number) for number in masks)
+    return tuple(Column(data, number, MASKS) for number in masks)
 
 
 TABLES = {

@@ -14,26 +14,40 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro.grids import budget
+from repro.grids import LABELS, MASKS, SCRIBBLES
 
 NOT_AVAILABLE = "not available"
 # Published metric -> ours (None: a statement that no run's metric can stand beside). All are percentages or
-# points.
+# points, but for seconds and for settings that a source states.
 METRICS = {
     "error_rate": "error",
     "accuracy": "error",
     "mIoU": "miou",
+    "seg_miou_no_crf": "miou",
+    "seg_miou": "miou_crf",
+    "cam_miou": "cam_miou",
+    "cam_miou_train": "cam_miou_train",
+    "seg_iou": None,
     "accuracy_lower_bound": None,
     "error_rate_reduction_points": None,
     "ece_reduction_percent": None,
+    "epsilon": None,
+    "unary weight gamma": None,
+    "seconds per iteration": None,
 }
 # Data set as printed -> our name. Both toolboxes' SVHN is train + extra (604,388 images); FixMatch's code can
 # make either and what its table used is not verified, so its SVHN compares with nothing of ours.
 DATASETS = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "SVHN": "svhn", "STL-10": "stl10",
-            "Pascal VOC 2012 (classic)": "voc", "Cityscapes": "cityscapes", "COCO": "coco2017"}  # fmt: skip
+            "Pascal VOC 2012 (classic)": "voc", "Cityscapes": "cityscapes", "COCO": "coco2017",
+            "Pascal VOC 2012": "voc", "COCO 2014": "coco2014",
+            "VOC2012 ScribbleSup": "voc", "VOC2012": "voc"}  # fmt: skip
+SEGMENTED = ("voc", "cityscapes", "coco2017", "coco2014")
+SCRIBBLED = ("VOC2012 ScribbleSup", "VOC2012")  # of sources whose budget is a scribble length; full masks too
+PARTS = ("train", "val", "test")  # splits of papers that train on one budget only, the whole training set
 OTHER_SVHN = {"USB": "svhn_extra", "TorchSSL": "svhn_extra", "FixMatch": None}
 # Backbone as printed -> our network. Tables of few masks leave out that its stem has three convolutions.
-ENCODERS = {"ResNet-50": "resnet50s", "ResNet-101": "resnet101s"}
+ENCODERS = {"ResNet-50": "resnet50s", "ResNet-101": "resnet101s", "ViT-B/16": "vit_base_patch16_224",
+            "DeiT-B/16": "deit_base_patch16_224", "DeepLabV3+ MobileNetV2": "mobilenetv2_100"}  # fmt: skip
 STEM = "deep stem in UniMatch's released code"
 
 
@@ -46,7 +60,8 @@ class PublishedError(ValueError):
 class Published:
     """One published number as printed.
 
-    dataset, split (number of labels: `40`, `1/16 (92)`), backbone, method, setting: in the source's own words
+    dataset, split (number of labels: `40`, `1/16 (92)`; scribble length in percent), backbone, method, setting: in the
+    source's own words
     metric: a key of METRICS; value, std: percent or points, None where not available (std: also where not
     printed)
     source: where we read it
@@ -87,14 +102,17 @@ class Published:
 
     @property
     def labels(self) -> int | None:
-        """The number of labels or masks: 40 of `40`, 92 of `1/16 (92)`; None where the split does not print one."""
+        """Number of labels or masks, or scribble length: 40 of `40`, 92 of `1/16 (92)`; None where none is printed."""
         number = re.fullmatch(r"(?:.*\()?(\d+)\)?", self.split)
         return int(number[1]) if number else None
 
     @property
     def budget(self) -> str:
-        """`40 labels`, `92 masks`; the split as printed where it holds no number."""
-        return budget(self.data, self.split if self.labels is None else self.labels)
+        """`40 labels`, `92 masks`, `scribble length 100 %`; a part that was evaluated, as printed: `val`."""
+        if self.split in PARTS:
+            return self.split
+        words = SCRIBBLES if self.dataset in SCRIBBLED else MASKS if self.data in SEGMENTED else LABELS
+        return words.format(self.split if self.labels is None else self.labels)
 
     @property
     def network(self) -> str:
@@ -105,7 +123,7 @@ class Published:
     @property
     def encoder(self) -> str:
         """The backbone as printed, with what that leaves out: `ResNet-101 (deep stem in UniMatch's ...)`."""
-        return f"{self.backbone} ({STEM})" if self.backbone in ENCODERS else self.backbone
+        return f"{self.backbone} ({STEM})" if self.network.startswith("resnet") else self.backbone
 
     def fraction(self, metric: str = "error") -> tuple[float | None, float | None]:
         """Value and spread as fractions in [0, 1] of our `metric` (accuracy a % is error 1 - a / 100).
@@ -148,18 +166,20 @@ class Derived:
 class Reference:
     """A published column beside ours: the rows of one paper's table that state `metric` (ours, a fraction).
 
-    backbone: as printed, of a table that has several; empty for any.
+    backbone: as printed, of a table that has several; empty for any. part: of PARTS, for papers that print the part
+    which was evaluated in place of a budget.
     """
 
     paper: str
     table: str
     metric: str = "error"
     backbone: str = ""
+    part: str = ""
 
     @property
     def title(self) -> str:
         """`USB, results/classic_cv.csv`, `UniMatch, README Cityscapes, ResNet-50`."""
-        return ", ".join(filter(None, (self.paper, self.table, self.backbone)))
+        return ", ".join(filter(None, (self.paper, self.table, self.backbone, self.part)))
 
 
 @functools.cache
@@ -204,24 +224,30 @@ def _number(name: str, text: str) -> float | None:
 def lookup(
     rows: tuple[Published, ...], reference: Reference, data: str, labels: int, names: tuple[str, ...]
 ) -> Published:
-    """The number that `reference` prints for a method on `data` with `labels` labels or masks; value None where
-    there is none.
+    """The number that `reference` prints for a method on `data` with `labels` labels, masks or percent of scribbles;
+    value None where there is none.
 
-    names: what the sources call the method, at least one, the preferred one first.
+    names: what the sources call the method, or the setting that a row of an ablation states, at least one, the
+        preferred one first.
     svhn and svhn_extra both find "SVHN": compare the result's `.data` before taking a difference.
     Raises PublishedError for data that no source has, and when rows of one name differ by more than .01
     points.
     """
-    titles = {ours: title for title, ours in DATASETS.items()}
-    if (dataset := titles.get(data.removesuffix("_extra"))) is None:
-        raise PublishedError(f"no published number is on {data!r}; known: {', '.join(titles)}")
+    ours = data.removesuffix("_extra")
+    titles = [title for title, name in DATASETS.items() if name == ours]
+    if not titles:
+        known = ", ".join(dict.fromkeys(DATASETS.values()))
+        raise PublishedError(f"no published number is on {data!r}; known: {known}")
+    dataset = next((row.dataset for row in rows if row.dataset in titles), titles[0])
     backbones = (reference.backbone,) if reference.backbone else {row.backbone for row in rows}
     for name in names:
         found = [
             row
             for row in rows
-            if (row.paper, row.table, row.dataset, row.labels, row.method)
-            == (reference.paper, reference.table, dataset, labels, name)
+            if (row.paper, row.table) == (reference.paper, reference.table)
+            and row.dataset in titles
+            and (row.split == reference.part if reference.part else row.labels == labels)
+            and name in (row.method, row.setting)
             and METRICS[row.metric] == reference.metric
             and row.backbone in backbones
         ]
@@ -238,7 +264,7 @@ def lookup(
         reference.paper,
         reference.table,
         dataset,
-        str(labels),
+        reference.part or str(labels),
         reference.backbone,
         names[0],
         "",

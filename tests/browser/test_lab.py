@@ -91,14 +91,15 @@ def wait_for(address, server, log, seconds=90):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["commatch", "calibratemix", "csl"])
+@pytest.mark.parametrize("name", ["commatch", "calibratemix", "csl", "pcre"])
 def test_run_all_and_move_a_slider(name, chromium, lab, tmp_path):
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1300, "height": 1000})
         try:
             run_all(page, lab.replace("commatch", name))
-            moves = {"commatch": move_thresholds, "calibratemix": move_temperature, "csl": move_weights}
+            moves = {"commatch": move_thresholds, "calibratemix": move_temperature, "csl": move_weights,
+                     "pcre": move_regions}  # fmt: skip
             moves[name](page)
         except BaseException:
             page.screenshot(path=tmp_path / "failed.png")
@@ -159,6 +160,19 @@ def move_weights(page):
     expect(rows["threshold"].nth(1)).to_contain_text("100")
     assert rows["CSL, Gaussian"].nth(1).inner_text() == before["CSL, Gaussian"]
     page.get_by_role("button", name="threshold", exact=True).click()
+    page.wait_for_function("([old]) => document.querySelector('.widget-html img').src !== old", arg=[drawn])
+
+
+def move_regions(page):
+    """The background threshold of PCRE's explorer changes the numbers of the map and the picture."""
+    table, picture = page.locator(".widget-html table").first, page.locator(".widget-html img").first
+    before, drawn = table.inner_text(), picture.get_attribute("src")
+    slider = page.locator(".widget-slider", has_text="beta, background").first
+    handle = slider.locator(".noUi-handle")
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    page.keyboard.press("Home")  # at 0 every pixel with any activation belongs to a class
+    expect(table).not_to_have_text(before)
     page.wait_for_function("([old]) => document.querySelector('.widget-html img').src !== old", arg=[drawn])
 
 

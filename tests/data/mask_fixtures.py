@@ -7,6 +7,7 @@ Image i of a set has a size of its own, and a mask whose classes depend on i (se
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from repro.data.mask_layouts import VOC_CLASSES
 from repro.data.masks import palette
 from repro.data.masks_sources import MASK_SOURCES
 
@@ -97,6 +99,64 @@ def small_voc(monkeypatch, root: Path, train: int, extra: int, val: int, sbd: bo
 
 def name_of(number: int) -> str:
     return f"2007_{number:06d}"
+
+
+def write_annotation(path: Path, names: Sequence[str]) -> None:
+    """VOC's annotation for detection: its objects, every second one difficult, and a person's parts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    objects = "".join(
+        f"<object><name>{name}</name><difficult>{number % 2}</difficult>"
+        + ("<part><name>head</name></part>" if name == "person" else "")
+        + "</object>"
+        for number, name in enumerate(names)
+    )
+    owner = "<owner><name>cat</name></owner>"
+    path.write_text(f"<annotation><filename>{path.stem}.jpg</filename>{owner}{objects}</annotation>")
+
+
+def tags_of_number(number: int) -> list[str]:
+    """Classes that an annotation of `tag_voc` names: that of `mask_of`, and of even numbers a person."""
+    own = VOC_CLASSES[number % 20 + 1]
+    return [own, own, "person"] if number % 2 == 0 else [own]
+
+
+def tag_voc(folder: Path) -> None:
+    """Add an annotation to every image of `small_voc`."""
+    for image in (folder / "JPEGImages").glob("*.jpg"):
+        number = int(image.stem.partition("_")[2])
+        write_annotation(folder / "Annotations" / f"{image.stem}.xml", tags_of_number(number))
+
+
+def tag_coco(monkeypatch, root: Path) -> Path:
+    """COCO 2014 as released: three images of train and four of val, no masks; the last but one of each shows nothing.
+
+    Categories have the ids 3, 5, 90. Every annotation has a polygon; image 0 of val holds a crowd too.
+    """
+    folder = root / "coco"
+    shown = {"train": [(3, 90), (), (5,)], "val": [(3,), (90, 5), (), (90,)]}
+    for split, rows in shown.items():
+        images, annotations = [], []
+        for position, categories in enumerate(rows):
+            number, (width, height) = 10 * position + 7, size_of(position)
+            write_image(folder / f"{split}2014" / f"COCO_{split}2014_{number:012d}.jpg", position)
+            images.append({"id": number, "width": width, "height": height})
+            for place, category in enumerate(categories):
+                left = 2 + 6 * place
+                polygon = [left, 2, left + 4, 2, left + 4, 8, left, 8]
+                item = {"image_id": number, "iscrowd": 0, "category_id": category, "area": 24}
+                annotations.append(item | {"segmentation": [polygon], "id": len(annotations)})
+        if split == "val":
+            width, height = size_of(0)
+            runs = {"counts": [height * 15, height * 2, height * (width - 17)], "size": [height, width]}
+            crowd = {"image_id": 7, "iscrowd": 1, "category_id": 5, "area": 9}
+            annotations.append(crowd | {"segmentation": runs, "id": 99})
+        content = {"images": images, "annotations": annotations,
+                   "categories": [{"id": identifier} for identifier in (90, 3, 5)]}  # fmt: skip
+        path = folder / "annotations" / f"instances_{split}2014.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    counts(monkeypatch, "coco2014", train=3, val=4)
+    return folder
 
 
 def small_cityscapes(monkeypatch, root: Path, kind: str = "labelIds") -> Path:

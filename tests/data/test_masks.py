@@ -1,5 +1,8 @@
 import json
-from dataclasses import FrozenInstanceError
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -10,8 +13,8 @@ from scipy.io import loadmat
 from repro.data import mask_layouts
 from repro.data.images import DataError
 from repro.data.mask_layouts import CITYSCAPES_IDS
-from repro.data.masks import FOR_MASKS, MaskSet, choose, draw_masks, mask_digest, palette, tags_of
-from repro.data.masks_sources import MASK_SOURCES, draw_folder, open_masks
+from repro.data.masks import FOR_MASKS, MaskSet, choose, draw_masks, mask_digest, palette, show_tags, tags_of
+from repro.data.masks_sources import MASK_SOURCES, draw_folder, draw_tags, open_masks, open_tags, read_ahead
 from repro.data.scenes import scenes
 from tests.data.mask_fixtures import (
     image_of,
@@ -21,6 +24,10 @@ from tests.data.mask_fixtures import (
     small_cityscapes,
     small_coco,
     small_voc,
+    tag_coco,
+    tag_voc,
+    tags_of_number,
+    write_annotation,
     write_image,
     write_mask,
 )
@@ -397,3 +404,193 @@ def test_folder_pools_move(monkeypatch, tmp_path):
     items = moved.take(moved.labelled)
     assert items.index.device.type == items.images.device.type == items.labels.device.type == "meta"
     assert len(pool.classes) == 21
+
+
+# Image tags
+
+
+def tagged_voc(monkeypatch, root, **sizes):
+    base = small_voc(monkeypatch, root, **sizes)
+    tag_voc(base)
+    return base
+
+
+def classes_in(folder, row) -> set[str]:
+    return {folder.classes[1:][channel] for channel in row.nonzero()[:, 0].tolist()}
+
+
+@pytest.mark.parametrize("sbd", [False, True])
+def test_voc_tags_are_the_objects_of_annotations(monkeypatch, tmp_path, sbd):
+    """Difficult ones count; owners and parts have names that are no classes. Images and order are those of masks."""
+    tagged_voc(monkeypatch, tmp_path, train=4, extra=3, val=2, sbd=sbd)
+    for split, numbers in (("train_aug", range(7)), ("val", range(7, 9))):
+        folder, tags = open_tags("voc", split, tmp_path)
+        assert tags.dtype == torch.bool and tags.shape == (len(numbers), 20)
+        assert [image for image, _ in folder.pairs] == [image for image, _ in open_masks("voc", split, tmp_path).pairs]
+        assert [classes_in(folder, row) for row in tags] == [set(tags_of_number(number)) for number in numbers]
+
+
+def test_tags_need_no_mask(monkeypatch, tmp_path):
+    """With a list of names, the folders of masks may be absent; and no item leads to a mask."""
+    base = tagged_voc(monkeypatch, tmp_path, train=4, extra=3, val=2)
+    (base / "ImageSets" / "Segmentation" / "trainaug.txt").write_text("\n".join(map(name_of, range(7))))
+    for name in ("SegmentationClass", "SegmentationClassAug"):
+        shutil.rmtree(base / name)
+    folder, tags = open_tags("voc", "train_aug", tmp_path)
+    assert len(folder) == 7 and tags.any(1).all()
+    assert all(path.parent == base / "Annotations" for _, path in folder.pairs)
+    with pytest.raises(DataError, match="cannot read mask .*xml"):
+        folder.read(0)
+    with pytest.raises(DataError, match="files are missing"):
+        open_masks("voc", "train_aug", tmp_path)
+
+
+def test_coco_tags_are_the_categories_of_images(monkeypatch, tmp_path):
+    """Ids 3, 5, 90 are classes 1, 2, 3. A crowd gives its tag, and an image without objects none."""
+    tag_coco(monkeypatch, tmp_path)
+    folder, tags = open_tags("coco2014", "train", tmp_path)
+    assert tags.shape == (3, 80) and [row.nonzero()[:, 0].tolist() for row in tags] == [[0, 2], [], [1]]
+    folder, tags = open_tags("coco2014", "val", tmp_path)
+    assert [row.nonzero()[:, 0].tolist() for row in tags] == [[0, 1], [1, 2], [], [2]]
+    masks = open_masks("coco2014", "val", tmp_path)
+    assert [image for image, _ in folder.pairs] == [image for image, _ in masks.pairs]
+    seen = tags_of(masks.read(1)[1][None], 81)[0, 1:]
+    assert torch.equal(seen, tags[1])
+
+
+def test_polygons_are_not_kept(monkeypatch, tmp_path):
+    """While the file is read, at most one annotation's polygons are held."""
+    tag_coco(monkeypatch, tmp_path)
+    kept = []
+    load = json.load
+
+    def watched(text, object_hook):
+        content = load(text, object_hook=object_hook)
+        kept.append(json.dumps(content))
+        return content
+
+    monkeypatch.setattr(mask_layouts.json, "load", watched)
+    open_tags("coco2014", "train", tmp_path)
+    assert len(kept) == 1 and "segmentation" not in kept[0] and "category_id" in kept[0]
+
+
+def test_a_list_of_tags_comes_first(monkeypatch, tmp_path):
+    base = small_voc(monkeypatch, tmp_path, train=2, extra=1, val=1)
+    path = tmp_path / "tags" / "voc.csv"
+    with pytest.raises(DataError, match=r"voc/train_aug: 3 files are missing, first .*2007_000000.xml.*tags/voc.csv"):
+        open_tags("voc", "train_aug", tmp_path)
+    tag_voc(base)
+    from_annotations = open_tags("voc", "train_aug", tmp_path)[0].digest
+    path.parent.mkdir()
+    path.write_text(f"{name_of(0)},cat, dog\n{name_of(2)}\n{name_of(1)},person\nanother,car\n")
+    folder, tags = open_tags("voc", "train_aug", tmp_path)
+    assert [classes_in(folder, row) for row in tags] == [{"cat", "dog"}, {"person"}, set()]
+    assert folder.digest != from_annotations
+    path.write_text(f"{name_of(0)},cat\n{name_of(1)},house\n")
+    with pytest.raises(DataError, match="voc.csv, line 2: 'house' is no class; classes are aeroplane, bicycle"):
+        open_tags("voc", "train_aug", tmp_path)
+    path.write_text(f"{name_of(0)},cat\n")
+    with pytest.raises(DataError, match="voc.csv has no line for 2 of 3 images, first 2007_000001; add them"):
+        open_tags("voc", "train_aug", tmp_path)
+
+
+def test_faulty_sources_of_tags_are_named(monkeypatch, tmp_path):
+    base = tagged_voc(monkeypatch, tmp_path, train=2, extra=0, val=1)
+    path = base / "Annotations" / f"{name_of(1)}.xml"
+    path.write_text("<annotation><object>")
+    with pytest.raises(DataError, match="cannot read tags of .*2007_000001.xml .*fetch VOC 2012's Annotations again"):
+        open_tags("voc", "train", tmp_path)
+    write_annotation(path, ["unicorn"])
+    with pytest.raises(DataError, match="cannot read tags of .*2007_000001.xml"):
+        open_tags("voc", "train", tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match="voc/train: 1 files are missing.*2007_000001.xml.*VOCtrainval.*tags/voc.csv"):
+        open_tags("voc", "train", tmp_path)
+    small_cityscapes(monkeypatch, tmp_path)
+    with pytest.raises(DataError, match="cityscapes has no image tags; data sets with tags: voc, coco2014"):
+        open_tags("cityscapes", "train", tmp_path)
+    file = tag_coco(monkeypatch, tmp_path) / "annotations" / "instances_train2014.json"
+    file.write_text(file.read_text()[:90])
+    with pytest.raises(DataError, match="instances_train2014.json is not a COCO instance file"):
+        open_tags("coco2014", "train", tmp_path)
+    file.unlink()
+    with pytest.raises(DataError, match="coco2014/train: 1 files are missing, first .*instances_train2014.json"):
+        open_tags("coco2014", "train", tmp_path)
+
+
+def test_hidden_tags_are_absent():
+    tags = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    seen, index = show_tags(tags, 7, seed=3)
+    assert index.tolist() == choose(30, 7, 3)[0].tolist() and seen.dtype == torch.float32
+    assert torch.equal(seen[index], tags[index].float())
+    rest = ~torch.isin(torch.arange(30), index)
+    assert rest.sum() == 23 and not seen[rest].any()
+    everything, order = show_tags(tags, 30, seed=3)
+    assert order.tolist() == list(range(30)) and torch.equal(everything, tags.float())
+    some = torch.tensor([2, 5, 11, 12])
+    few, more = (set(show_tags(tags, count, 0, some)[1].tolist()) for count in (2, 3))
+    assert few < more < set(some.tolist())
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match=f"tags of {wrong} images: ask for 1 to 4"):
+            show_tags(tags, wrong, 0, some)
+
+
+def test_a_pool_of_tags(monkeypatch, tmp_path):
+    """Crops are those of `draw_folder`; their fourth channel is the image's place, and masks are never opened."""
+    base = tagged_voc(monkeypatch, tmp_path, train=4, extra=3, val=1)
+    folder, tags = open_tags("voc", "train_aug", tmp_path)
+    pool = draw_tags(folder, tags, 7, seed=5, crop=30)
+    hidden = draw_folder(open_masks("voc", "train_aug", tmp_path), "92", 5, 30)
+    hidden = replace(hidden, labelled=torch.empty(0, dtype=torch.int64))
+    for name in ("SegmentationClass", "SegmentationClassAug"):
+        shutil.rmtree(base / name)
+    assert pool.labelled.tolist() == list(range(7)) and len(pool.unlabelled) == 0 and pool.name == "voc.5@7"
+    assert pool.classes == folder.classes and torch.equal(pool.labels, tags.float())
+    index = torch.tensor([6, 0, 0, 3])
+    items = pool.take(index)
+    expected = hidden.take(index)
+    assert items.images.shape == (4, 4, 30, 30) and items.images.dtype == torch.uint8
+    assert torch.equal(items.images[:, :3], expected.images) and torch.equal(items.index, index)
+    assert torch.equal(items.images[:, 3], torch.where(expected.labels == 254, 0, 255).byte())
+    assert (items.images[:, 3] == 0).any() and torch.equal(items.labels, tags[index].float())
+    moved = pool.to("meta")
+    assert moved.labels.device.type == "meta" and moved.labelled.device.type == "cpu"
+    assert moved.generator is pool.generator
+
+
+def test_images_without_tags_are_not_shown(monkeypatch, tmp_path):
+    """Of COCO's images those without an object are left out, as in the papers' list."""
+    tag_coco(monkeypatch, tmp_path)
+    folder, tags = open_tags("coco2014", "train", tmp_path)
+    pool = draw_tags(folder, tags, 2, seed=0, crop=16)
+    assert pool.labelled.tolist() == [0, 2] and pool.unlabelled.tolist() == [1]
+    one = [draw_tags(folder, tags, 1, seed, 16) for seed in range(6)]
+    assert {tuple(pool.labelled.tolist()) for pool in one} == {(0,), (2,)}
+    assert len({pool.digest for pool in (pool, *one)}) == 3
+    for chosen in one:
+        assert not chosen.labels[chosen.unlabelled].any()
+    with pytest.raises(ValueError, match="tags of 3 images: ask for 1 to 2"):
+        draw_tags(folder, tags, 3, 0, 16)
+    other = tags.clone()
+    other[0] = ~other[0]
+    assert draw_tags(folder, other, 2, 0, 16).digest != pool.digest
+
+
+def test_reading_ahead_keeps_the_order_and_a_distance():
+    started, gate = [], threading.Event()
+
+    def call(item):
+        started.append(item)
+        gate.wait(5)
+        return 10 * item
+
+    with ThreadPoolExecutor(8) as threads:
+        found = read_ahead(threads, call, iter(range(9)), 4)
+        threading.Timer(0.2, gate.set).start()
+        assert next(found) == 0 and len(started) == 4
+        assert list(found) == [10, 20, 30, 40, 50, 60, 70, 80]
+        assert list(read_ahead(threads, call, [], 4)) == []
+        failing = read_ahead(threads, lambda item: 1 / item, [1, 0, 2], 1)
+        assert next(failing) == 1
+        with pytest.raises(ZeroDivisionError):
+            next(failing)

@@ -33,9 +33,36 @@ def test_the_published_network_has_59_5_million_parameters():
     assert round(counts["resnet101s"] / 1e6, 1) == 59.5  # a log of CSL's working copy
 
 
+def test_the_scribble_network_is_that_of_the_published_sizes():
+    """MobileNetV2 of width 1 without timm's head; pyramid of 256; decoder 24 to 48, 304 to 256 to 256 to 21."""
+    with torch.device("meta"):
+        network = deeplab("mobilenetv2_100", 21, 16, dropout=(0.5, 0.1))
+    backbone = 3_504_872 - (320 * 1280 + 2 * 1280 + 1280 * 1000 + 1000)
+    pyramid = 2 * 320 * 256 + 3 * 9 * 320 * 256 + 5 * 256 * 256 + 6 * 2 * 256
+    decoder = 24 * 48 + 2 * 48 + 9 * (304 + 256) * 256 + 4 * 256 + 256 * 21 + 21
+    assert sum(parameter.numel() for parameter in network.parameters()) == backbone + pyramid + decoder
+    assert [network.fuse[1].p, network.fuse[3].p] == [0.5, 0.1]
+    assert network.backbone.blocks[5][0].conv_dw.dilation == (1, 1)  # the released code's, not timm's
+    plain = deeplab("resnet-mini", 5, 8)
+    assert [plain.fuse[1].p, plain.fuse[3].p] == [0, 0]
+
+
+def test_dropout_is_off_in_eval_mode_and_drops_half_when_training(network, x):
+    torch.manual_seed(1)
+    dropping = deeplab("resnet-mini", 5, output_stride=4, dropout=(0.5, 0.1)).double()
+    dropping.load_state_dict(network.state_dict())
+    torch.testing.assert_close(dropping.eval()(x), network.eval()(x))
+    seen = {}
+    dropping.fuse[1].register_forward_hook(lambda _, inputs, out: seen.update(before=inputs[0], after=out))
+    dropping.train()(x)
+    alive = seen["before"] != 0
+    assert 0.45 < (seen["after"][alive] == 0).double().mean() < 0.55
+
+
 @pytest.mark.parametrize("name, stride, rates", [
     ("resnet101s", 8, [12, 24, 36]), ("resnet101s", 16, [6, 12, 18]),
     ("resnet-mini", 4, [2, 4, 6]), ("resnet-mini", 8, [1, 2, 3]),
+    ("mobilenetv2_100", 8, [12, 24, 36]), ("mobilenetv2_100", 16, [6, 12, 18]),
 ])  # fmt: skip
 def test_rates_follow_the_output_stride(name, stride, rates):
     with torch.device("meta"):
@@ -137,6 +164,7 @@ def test_memory_format_and_precision_do_not_change_the_result(network, x):
     (("resnet18", 21, 8), "unknown backbone 'resnet18'"),
     (("resnet101s", 21, 32), "output_stride is 32; resnet101s has 8 or 16 here"),
     (("resnet-mini", 21, 16), "output_stride is 16; resnet-mini has 4 or 8 here"),
+    (("mobilenetv2_100", 21, 32), "output_stride is 32; mobilenetv2_100 has 8 or 16 here"),
     (("resnet-mini", 0, 8), "classes is 0"),
 ])  # fmt: skip
 def test_values_out_of_range_are_named(arguments, message):

@@ -10,9 +10,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from repro.data.embed import official_index
 from repro.data.images import load
 from repro.models.deeplab import deeplab
-from repro.models.pretrain import accuracy, pictures, pretrain, save
+from repro.models.pretrain import accuracy, classifier, pictures, pretrain, save
 from repro.models.pretrained import DEFAULTS, SHIPPED, WeightsError, fill, initialise, timm_names, translated
 from repro.models.resnet import Layout, ResNet, resnet
+from repro.models.vit import vit
 
 LAYOUT = Layout((1, 2, 1, 1), (4, 4, 8, 8), (4,))
 
@@ -163,6 +164,13 @@ def test_shipped_weights_are_small_and_say_where_they_come_from():
         assert "48000 train garments that are not embedded" in metadata["data"]
 
 
+def test_shipped_weights_fill_the_mini_vit_with_a_token_a_class():
+    network = vit("vit-mini", class_tokens=5, masked=True, value_only=True)
+    provenance = initialise(network, "vit-mini")
+    assert provenance["source"] == "shipped" and 0.7 < float(provenance["accuracy"]) < 1
+    assert torch.equal(network.cls_token, network.cls_token[:, :1].expand(-1, 5, -1)) and network.cls_token.any()
+
+
 @pytest.mark.parametrize("stride", [4, 8])
 def test_shipped_weights_fill_the_mini_network(stride):
     network = deeplab("resnet-mini", 6, stride)
@@ -170,10 +178,13 @@ def test_shipped_weights_fill_the_mini_network(stride):
     assert provenance["source"] == "shipped" and 0.8 < float(provenance["accuracy"]) < 1
 
 
-def test_shipped_weights_reach_their_accuracy_on_garments_they_have_not_seen():
+@pytest.mark.parametrize("name", ["resnet-mini", "vit-mini"])
+def test_shipped_weights_reach_their_accuracy_on_garments_they_have_not_seen(name):
     """Embedded test garments: neither trained on nor among those that the stated accuracy is of."""
-    network = resnet("resnet-mini", classes=10)
-    stated = float(initialise(network, "resnet-mini")["accuracy"])
+    network = classifier(name, 10)
+    with safe_open(SHIPPED / f"{name}.safetensors", "pt") as file:
+        stated, found = float(file.metadata()["accuracy"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    fill(network, {key: found[key.removeprefix("encoder.")] for key in network.state_dict()}, name)
     garments = load("fashion", "test")
     found = accuracy(network, pictures(garments.images[:600], 9), garments.labels[:600])
     assert abs(found - stated) < 4 * (stated * (1 - stated) / 600) ** 0.5

@@ -250,9 +250,10 @@ def test_weights_of_one_token_and_another_grid_fill_a_network(x):
     source = ViT(big, 1, False, False, -3, 3)
     weights = {key: value.half() for key, value in source.state_dict().items()} | {"head.weight": torch.zeros(10, 24)}
     net = ViT(SMALL, 3, True, False, -3, 3)
+    two_tokens = weights | {"cls_token": torch.zeros(1, 2, 24), "pos_embed": torch.zeros(1, 2 + 36, 24)}
     with pytest.raises(WeightsError, match="cls_token is"):
-        fill(net, weights, "here")
-    fill(net, net.fitted(weights), "here")
+        fill(net, two_tokens, "here")
+    fill(net, weights, "here")
     assert torch.equal(net.cls_token, weights["cls_token"].float().expand(-1, 3, -1))
     assert torch.equal(net.pos_embed[:, :3], weights["pos_embed"][:, :1].float().expand(-1, 3, -1))
     patches = weights["pos_embed"][:, 1:].mT.reshape(1, 24, 6, 6)

@@ -3,7 +3,7 @@
 import pytest
 
 from repro.experiment import SCALES, resolve, run_id
-from repro.grids import EMBEDDED, MASKED, Column, experiment
+from repro.grids import EMBEDDED, MASKED, experiment
 from repro.metrics import METRICS
 from repro.papers import csl, few_masks
 from repro.papers.published import NOT_AVAILABLE, Reference, lookup
@@ -187,4 +187,4 @@ def test_the_main_job_starts_with_the_cheapest_run_and_finishes_a_seed_at_a_time
 def test_an_unknown_number_of_masks_is_refused():
     with pytest.raises(SettingError, match="labels is 91; the published lists of voc show 92, 183"):
         csl.check_budget("voc", 91)
-    assert Column("voc", 92).title == "Pascal VOC 2012, 92 masks"
+    assert csl.TABLES["main"].columns[0].title == "Pascal VOC 2012, 92 masks"

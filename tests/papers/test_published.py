@@ -51,9 +51,7 @@ def test_a_malformed_row_is_named(tmp_path, line, message):
 
 
 def test_a_wrong_header_is_named(tmp_path):
-    with pytest.raises(
-        PublishedError, match="numbers.csv: the header is paper,value; it must be paper,table,dataset"
-    ):
+    with pytest.raises(PublishedError, match="numbers.csv: the header is paper,value; it must be paper,table,dataset"):
         rows(tmp_path, header="paper,value")
 
 
@@ -66,9 +64,7 @@ def test_accuracy_becomes_error_and_nothing_else_does(tmp_path):
     )
     assert error.fraction() == pytest.approx((0.0833, 0.0141))
     assert accuracy.fraction() == pytest.approx((0.0833, 0.0141))
-    with pytest.raises(
-        PublishedError, match="error_rate_reduction_points of USB T cannot be read as 'error'"
-    ):
+    with pytest.raises(PublishedError, match="error_rate_reduction_points of USB T cannot be read as 'error'"):
         points.fraction()
 
 
@@ -105,9 +101,7 @@ def test_two_rows_may_say_the_same_but_not_different_things(tmp_path):
     same = rows(tmp_path, ROW, ROW.replace("error_rate,8.33", "accuracy,91.67"))
     assert lookup(same, USB, "cifar10", 40, ("FixMatch",)).value == 8.33
     different = rows(tmp_path, ROW, ROW.replace("error_rate,8.33", "accuracy,91.00"))
-    with pytest.raises(
-        PublishedError, match="USB, T has different numbers for FixMatch on CIFAR-10 with 40 labels"
-    ):
+    with pytest.raises(PublishedError, match="USB, T has different numbers for FixMatch on CIFAR-10 with 40 labels"):
         lookup(different, USB, "cifar10", 40, ("FixMatch",))
 
 
@@ -124,7 +118,7 @@ CITY = "UniMatch,R,Cityscapes,1/16 (186),ResNet-101,UniMatch,crop 801,mIoU,76.6,
         ("1/16 (92)", 92, "92 masks"),
         ("Full (1464)", 1464, "1464 masks"),
         ("1/512 (232)", 232, "232 masks"),
-        ("val", None, "val masks"),
+        ("val", None, "val"),
         ("1/16", None, "1/16 masks"),
     ],
 )
@@ -172,7 +166,40 @@ def test_a_table_of_two_backbones_is_looked_up_by_backbone(tmp_path):
     assert (absent.value, absent.metric, absent.labels) == (None, "mIoU", 183)
 
 
-@pytest.mark.parametrize(("name", "count"), [("commatch", 9), ("ssl_baselines", 189), ("csl", 161)])
+# Scribbles
+
+SCRIBBLED = 'R,T,VOC2012 ScribbleSup,100,DeepLabV3+ MobileNetV2,partial CE,"val, scribble length 1",mIoU,65.8,,readme'
+MASKED = SCRIBBLED.replace("VOC2012 ScribbleSup", "VOC2012").replace("partial CE", "full").replace("65.8", "72.1")
+SETTING = SCRIBBLED.replace("mIoU,65.8", "epsilon,0.944")
+
+
+def test_a_scribble_length_is_a_budget_and_the_network_is_ours(tmp_path):
+    row, masks, click = rows(tmp_path, SCRIBBLED, MASKED, SCRIBBLED.replace(",100,", ",0,"))
+    assert (row.data, row.labels, row.budget) == ("voc", 100, "scribble length 100 %")
+    assert (masks.data, masks.labels, masks.budget) == ("voc", 100, "scribble length 100 %")
+    assert (click.labels, click.budget) == (0, "scribble length 0 %")
+    assert (row.network, row.encoder) == ("mobilenetv2_100", "DeepLabV3+ MobileNetV2")
+
+
+def test_sources_may_call_one_data_set_by_two_names(tmp_path):
+    numbers, reference = rows(tmp_path, SCRIBBLED, MASKED), Reference("R", "T", "miou")
+    for name, value in (("partial CE", 65.8), ("full", 72.1)):
+        assert lookup(numbers, reference, "voc", 100, (name,)).value == value
+        assert lookup(numbers, reference, "voc", 30, (name,)).value is None
+    assert lookup(numbers, Reference("R", "T", "miou", "ResNet-101"), "voc", 100, ("full",)).value is None
+
+
+@pytest.mark.parametrize("metric", ["epsilon", "unary weight gamma", "seconds per iteration"])
+def test_a_setting_or_a_time_stands_beside_no_result(tmp_path, metric):
+    (row,) = rows(tmp_path, SETTING.replace("epsilon", metric))
+    assert row.value == 0.944 and lookup((row,), Reference("R", "T", "miou"), "voc", 100, ("partial CE",)).value is None
+    with pytest.raises(PublishedError, match=f"{metric} of R T cannot be read as 'miou'"):
+        row.fraction("miou")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("commatch", 9), ("ssl_baselines", 189), ("csl", 161), ("trust_region", 29)]
+)
 def test_the_packaged_files_are_whole_and_every_row_has_its_source(name, count):
     numbers = published.load(name)
     assert len(numbers) == count and all(row.source and row.value is not None for row in numbers)

@@ -1,8 +1,9 @@
 """Segmentation from image tags: one file a method."""
 
+from repro.methods.image_tags.afa import AFA
 from repro.methods.image_tags.dupl import DuPL
 from repro.methods.image_tags.pcre import PCRE
 from repro.methods.image_tags.plain import Plain
 from repro.methods.image_tags.toco import ToCo
 
-METHODS = {"plain": Plain, "toco": ToCo, "dupl": DuPL, "pcre": PCRE}
+METHODS = {"plain": Plain, "toco": ToCo, "dupl": DuPL, "afa": AFA, "pcre": PCRE}

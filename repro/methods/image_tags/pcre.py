@@ -83,6 +83,7 @@ class PCRE(TagMethod):
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         view, settings, network = self.view(batch["tagged"]), self.settings, self.network
+        network.progress = now.progress
         predicted = network.predict(view.x)
         tokens = predicted.tokens
         confidence, masks = network.decoder(view.x, tokens.patches, tokens.grid)

@@ -64,12 +64,13 @@ class RegionDecoder(nn.Module):
 class PCRENetwork(Trunk):
     """The trunk, the decoder, and as buffers the prototypes (C, D) and whether masks are mixed into the CAM yet.
 
-    settings: `pcre.PCRESettings`. Prototypes start as Gaussian noise (released code).
+    settings: `pcre.PCRESettings`. Prototypes start as Gaussian noise (released code). progress: share of training done
+    at the last step, for the gate of `gated_regions`; not saved.
     """
 
     def __init__(self, encoder: ViT, classes: int, head: nn.Module, decoder: RegionDecoder, settings: Any) -> None:
         super().__init__(encoder, classes, head)
-        self.decoder, self.settings = decoder, settings
+        self.decoder, self.settings, self.progress = decoder, settings, 0.0
         self.register_buffer("prototypes", torch.randn(classes, encoder.width))
         self.register_buffer("fusing", torch.zeros((), dtype=torch.bool))
 
@@ -115,12 +116,27 @@ class PCRENetwork(Trunk):
             return contrast.prototype_cam(tokens.patches, points, tokens.grid)
         return {CAM: self.raw, AUX: self.raw_aux}[name](tokens)
 
-    def grown(self, x: Tensor, tokens: Tokens, tags: Tensor, size: tuple[int, int], most: int | None) -> Tensor:
-        """Regions m_r (B, C, H, W) at `size`, zeros for classes that are not shown; no gate."""
+    def grown(
+        self, x: Tensor, tokens: Tokens, tags: Tensor, size: tuple[int, int], most: int | None, r: float | None = None
+    ) -> Tensor:
+        """Regions m_r (B, C, H, W) at `size`, zeros for classes that are not shown. r: of the gate, None for none."""
         confidence, masks = self.decoder(x, tokens.patches, tokens.grid)
+        masks = masks if r is None else regions.gate(masks, r)
         pairs = regions.shown_classes(tags, most)
         found = regions.refined_regions(masks, confidence, pairs, size, self.settings.expansion)
         return regions.by_class(found.masks, pairs, tags.shape[1])
+
+    @torch.no_grad()
+    def gated_regions(self, x: Tensor, tags: Tensor) -> tuple[Tensor, float]:
+        """Regions (B, C, h, w) at scale 1 behind the gate of the last step, and its radius in patches; where there is
+        none, the side of the grid.
+
+        x: normalised images (B, 3, H, W). tags: (B, C). Zeros for classes that are not shown. For figures.
+        """
+        tokens = self.encoder(x)
+        r = self.settings.radius(self.progress, tokens.grid)
+        found = self.grown(x, tokens, tags, tokens.grid, None, r)
+        return found, float(max(tokens.grid)) if r is None else r
 
     def activation(self, x: Tensor, scales: Sequence[float], tags: Tensor) -> Tensor:
         """CAM (B, C, H, W) in [0, 1], with the regions of the classes in tags (B, C) once training mixes them in.

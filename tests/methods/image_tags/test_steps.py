@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from repro.cam import refined_labels
+from repro.methods.image_tags.afa import AFA, AFANetwork, AFASettings
 from repro.methods.image_tags.dupl import DuPL, DuPLSettings, Pair
 from repro.methods.image_tags.pcre import PCRE, PCRESettings
 from repro.methods.image_tags.plain import Plain, PlainSettings
@@ -90,12 +91,15 @@ def methods():
     made["toco"] = ToCo(settings, Trunk(encoder(), CLASSES, Head()), views(), recipe(settings))
     pair = Pair(Trunk(encoder(), CLASSES, Head()), Trunk(encoder(1), CLASSES, Head()))
     made["dupl"] = DuPL(DuPLSettings(), pair, views(), recipe(DuPLSettings()))
+    walker = AFANetwork(encoder(), CLASSES, Head(), AFASettings())
+    made["afa"] = AFA(AFASettings(), walker, views(), recipe(AFASettings()))
     made["pcre"] = PCRE(PCRESettings(), pcre_network(), views(), recipe(PCRESettings()))
     parts = ("classifier", "classifier_aux", "head")
     fast = {
         "plain": [f"network.{part}" for part in parts],
         "toco": [f"network.{part}" for part in parts] + ["projection"],
         "dupl": [f"network.{trunk}.{part}" for trunk in ("first", "second") for part in parts],
+        "afa": [f"network.{part}" for part in (*parts, "projection")],
         "pcre": [f"network.{part}" for part in parts],
     }
     return [pytest.param(method, fast[name], id=name) for name, method in made.items()]
