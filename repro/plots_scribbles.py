@@ -151,8 +151,8 @@ def _published_panel(axes: Axes, numbers: Mapping[str, Published]) -> None:
         axes.errorbar(at, one.value, one.std, color=look.colour, marker=look.marker, markersize=8, capsize=3)
         axes.annotate(f"{one.value:g}", (at, one.value), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
     first = next(iter(numbers.values()))
-    origins = dict.fromkeys(f"{one.dataset} {one.split}\n{one.backbone}" for one in numbers.values())
-    axes.set_title("published, " + "\n".join(origins), fontsize=9)
+    origins = [dict.fromkeys(getattr(one, name) for one in numbers.values()) for name in ("dataset", "backbone")]
+    axes.set_title("published: " + "\n".join(" / ".join(words) for words in origins), fontsize=9)
     settings = [one.setting for method, one in numbers.items() if method != CEILING and one.setting]
     axes.set_xticks(range(len(numbers)), [style_of(method).title.replace(" ", "\n") for method in numbers], fontsize=8)
     axes.set(xlim=(-0.6, len(numbers) - 0.4), xlabel="; ".join(dict.fromkeys(settings)), ylabel=f"{first.metric} (%)")
@@ -390,36 +390,44 @@ def scribbled(picture: np.ndarray, scribbles: np.ndarray, colours: np.ndarray) -
 
 
 def published_by_method(table: Table, metric: str = "miou") -> dict[str, Published]:
-    """What the table's first reference of a metric prints for each row's method, at the table's longest scribbles."""
-    reference = next((one for one in table.references if one.metric == metric), None)
-    if reference is None:
-        return {}
+    """What the table's first reference that prints a metric says of each row's method, at the longest scribbles.
+
+    Method -> number, of those that it has a number for; {} where no reference has any.
+    """
     column = max(table.columns, key=lambda column: column.labels)
-    found = {}
-    for row in table.rows:
-        names = row.published or (row.method,)
-        found.setdefault(row.method, lookup(table.published, reference, column.data, column.labels, names))
-    return found
+    for reference in [one for one in table.references if one.metric == metric]:
+        found: dict[str, Published] = {}
+        for row in table.rows:
+            names = row.published or (row.method,)
+            number = lookup(table.published, reference, column.data, column.labels, names)
+            if number.value is not None:
+                found.setdefault(row.method, number)
+        if found:
+            return found
+    return {}
 
 
 def trust_region_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
     """What the finished runs can draw, as `plots.commatch_figures`.
 
-    Curves and images are of one scribble length: that of the first experiment of the main job that is finished.
+    Curves and images are of one scribble length, that of the first experiment of the main job that is finished: of the
+    main job's experiments, and of all others of the first table that are finished.
     """
     module = PAPERS["trust_region"]
     experiments, table = module.main_experiments(scale, seeds), next(iter(module.TABLES.values()))
     classes = len(classes_of(experiments[0].data))
     drawn: Drawn = [("robust_loss", "The robust loss", robust_loss_curves(classes))]
     every = list(dict.fromkeys([*table.experiments(scale, seeds), *experiments]))
-    if any(item.method != CEILING and is_finished(item, root) for item in every):
+    done = [item for item in every if is_finished(item, root)]
+    if any(item.method != CEILING for item in done):
         drawn += [
             ("lengths", "mIoU by scribble length", by_length(every, root, published_by_method(table))),
             ("boundaries", "Boundary F-score by scribble length", by_length(every, root, metric="boundary_f")),
         ]
-    finished = [item for item in experiments if item.method != CEILING and is_finished(item, root)]
+    finished = [item for item in experiments if item.method != CEILING and item in done]
     if finished:
-        alike = _of_length(experiments, finished[0].labels)
+        shown = [item for item in every if item in experiments or item in done]
+        alike = _of_length(shown, finished[0].labels)
         first = [item for item in alike if item.seed == finished[0].seed]
         drawn += [
             ("energy", "Potts energy and mIoU over training", energy_curves(alike, root)),

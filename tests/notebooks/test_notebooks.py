@@ -61,7 +61,7 @@ def test_committed_without_outputs_and_in_the_house_form(name):
 
 
 def test_first_notebook_and_tables_are_there():
-    assert {"index", "tables", "commatch", "calibratemix", "csl"} <= set(NAMES)
+    assert {"index", "tables", "commatch", "calibratemix", "csl", "pcre"} <= set(NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,22 @@ def test_csl_shows_the_runs_that_it_trains_and_so_do_the_tables(tmp_path):
     assert "0 of 4 runs finished" in shown(tables) and "UniMatch, README Pascal VOC 2012" in shown(tables)
 
 
+@pytest.mark.timeout(300)
+def test_pcre_shows_its_runs_beside_published_numbers(tmp_path):
+    root, experiment = tmp_path / "runs", Experiment("pcre", "pcre", "scenes", 60, 0, "tiny", {"tau": 0.5})
+    parameters = ("-p", "scale", "tiny", "-p", "labels", "60", "-p", "beside", "plain", "-y", "overrides: {tau: 0.5}")
+    status, printed, book = papermill("pcre", tmp_path / "out.ipynb", root, *parameters)
+    assert status == 0, printed[-3000:]
+    for item in (experiment, Experiment("pcre", "plain", "scenes", 60, 0, "tiny")):
+        assert runs.is_finished(item, root)
+    assert len(figures(book)) == 9 and all(len(figure) > 5000 for figure in figures(book))
+    reported = runs.load_metrics(runs.folder_of(experiment, root))["reported"]["last"]["ema"]
+    numbers = next(cell.outputs for cell in code_cells(book) if cell.source == "notebook.train(experiment, asked)")
+    assert "CAM mIoU (%)" in str(numbers) and f"{100 * reported['cam_miou']:.2f}" in str(numbers)
+    published = next(cell.outputs for cell in code_cells(book) if "beside_published" in cell.source)
+    assert "76.30" in str(published) and "not available" in str(published)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
@@ -145,6 +161,8 @@ def test_csl_shows_the_runs_that_it_trains_and_so_do_the_tables(tmp_path):
         ("calibratemix", ("-p", "beside", "fixmatch"), "unknown parameter of this notebook 'beside'"),
         ("csl", ("-p", "method", "flexmatch"), "known: csl, fixmatch, supervised, unimatch"),
         ("csl", ("-p", "masks", "20"), "unknown parameter of this notebook 'masks'"),
+        ("pcre", ("-p", "method", "csl"), "known: afa, dupl, pcre, plain, toco"),
+        ("pcre", ("-p", "labels", "501"), "1 to 500"),
         ("tables", ("-p", "scale", "maxi"), "known: mini, paper, tiny"),
         ("index", ("-p", "scale", "maxi"), "known: mini, paper, tiny"),
     ],

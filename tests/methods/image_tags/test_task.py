@@ -54,7 +54,7 @@ FAST = {
 
 def recipe_of(method, **changes):
     settings = METHODS[method].Settings(**SETTINGS[method])
-    return TagRecipe(method=settings, **FAST | changes)
+    return TagRecipe(method=settings, **FAST | {"value_only": method == "pcre"} | changes)
 
 
 def stub(method, seed=0, data="scenes", labels=IMAGES):
@@ -576,6 +576,8 @@ def test_the_network_is_the_method_s():
             assert trunk.encoder.hidden == (5 if own else 0) and trunk.encoder.pos_embed.requires_grad is own
             assert trunk.classifier.out_features == 5 and type(trunk.head).__name__ == head
             assert trunk.encoder.auxiliary == trunk.encoder.depth - 3
+    assert not task.build("pcre", recipe_of("pcre", value_only=False), 5)[0].encoder.value_only
+    assert task.build("plain", recipe_of("plain", value_only=True), 5)[0].encoder.value_only
     first, second = task.build("dupl", recipe_of("dupl"), 5)[0].children()
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
 
@@ -647,6 +649,24 @@ def test_mean_over_activation_is_over_classes_that_have_one():
     assert report["over_activation_bounded_mean"] == pytest.approx((3 / 9 + 1 / 5 + 1) / 3)
     nothing = cam_report(torch.zeros(100, 3, 3, dtype=torch.long), 0.5)
     assert nothing["over_activation_mean"] is None and nothing["over_activation_bounded_mean"] is None
+
+
+def test_chance_is_the_best_of_a_cone_round_the_centre(runs):
+    """It sees no pixel: the true tags alone, the first of them everywhere, at whichever threshold scores best."""
+    masks = scenes("test", TESTS, SIDE).masks
+    tags = tags_of(masks, 6)[:, 1:].float()
+    cone = task.centred(tags, masks)[0, 0]
+    middle, corner = (SIDE - 1) / 2, (SIDE - 1) / 2 * 2**0.5
+    for row, column in ((0, 0), (5, 30), (24, 24), (47, 0)):
+        away = math.dist((row, column), (middle, middle))
+        assert cone[row, column].item() == pytest.approx(max(0.0, 1 - away / corner), abs=1e-6)
+    best = 0.0
+    for step in range(100):
+        found = torch.where(cone > step / 100, tags.argmax(1)[:, None, None] + 1, 0)
+        best = max(best, mean_iou(confusion(masks, found, 6).sum(0), "skip").item())
+    for method in METHODS:
+        measured = runs[method].history.of("evaluation")[-1]["live"]
+        assert measured["cam_above_chance"] == pytest.approx(measured["cam_miou"] - best, abs=2e-3)
 
 
 def test_spread_takes_first_and_last():
