@@ -41,7 +41,7 @@ reproduce: $(INSTALLED)
 	$(BIN)/python -m repro reproduce --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS))
 
 test: $(INSTALLED)
-	$(PYTEST) tests --ignore=tests/browser --ignore=tests/benchmarks
+	$(PYTEST) tests --ignore=tests/browser --ignore=tests/benchmarks --ignore=tests/optional
 
 test-browser: $(INSTALLED)
 	$(PYTEST) tests/browser --timeout=600

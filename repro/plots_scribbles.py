@@ -446,7 +446,8 @@ def _of_length(experiments: Sequence[Experiment], length: int) -> list[Experimen
     """The experiments of one scribble length, and full supervision at that length, else at the first that it has."""
     full = [item.labels for item in experiments if item.method == CEILING]
     masks = length if length in full else next(iter(full), length)
-    return [item for item in experiments if item.labels == (masks if item.method == CEILING else length)]
+    kept = [item for item in experiments if item.labels == (masks if item.method == CEILING else length)]
+    return sorted(kept, key=lambda item: item.method == CEILING)  # last, beside the truth
 
 
 __all__ = ["by_length", "energy_curves", "method_panels", "proposal_curves", "proposal_panels", "published_by_method",

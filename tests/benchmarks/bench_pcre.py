@@ -40,7 +40,8 @@ def stepper(name: str, batch: int, scales: str, **changes) -> Callable[[int], No
         cam_scales=scales, precision="fp32",
     )  # fmt: skip
     seed_everything(0)
-    method = task.prepare(SimpleNamespace(method=name, seed=0, data="scenes"), recipe, torch.device("cpu"))
+    experiment = SimpleNamespace(method=name, seed=0, data="scenes", labels=recipe.images)
+    method = task.prepare(experiment, recipe, torch.device("cpu"))
     pool, method = method.pool, method.method.train()
     optimiser = make_optimiser("adamw", method.parameter_groups(0.01), 1e-4)
     index = torch.arange(batch)
