@@ -186,8 +186,8 @@ def accuracy_against_ece(
     the accuracy, and is known at the last evaluation of the EMA weights. column: by default the table's first.
     """
     check_reporting(rule, weights)
-    place = column or table.columns_at(scale)[0]
-    title = f"Accuracy against calibration\n{place.title}, {scale} scale, seeds {', '.join(map(str, seeds))}, " \
+    column = column or table.columns_at(scale)[0]
+    title = f"Accuracy against calibration\n{column.title}, {scale} scale, seeds {', '.join(map(str, seeds))}, " \
             f"{RULES[rule]}, {WEIGHTS[weights]}\nlines: standard deviation"  # fmt: skip
     cells = [[item for item in table.cell(row, column, scale, seeds) if is_finished(item, root)] for row in table.rows]
     if not any(cells):

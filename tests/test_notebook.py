@@ -130,6 +130,6 @@ def test_every_ablation_is_listed_with_parameters_that_exist():
         assert isinstance(frame, pd.DataFrame)
         assert len(frame) == sum(len(table.rows) for table in paper.ABLATIONS.values())
         for row in frame.itertuples():
-            where = {"data": "scenes", "labels": 20} if name == "csl" else {}
+            where = {"data": "scenes", "labels": 20} if name in ("csl", "pcre") else {}
             asked = {"paper": name, "method": row.method, "overrides": row.overrides, "beside": ""}
             notebook.one_run(**ONE | asked | where)

@@ -82,9 +82,10 @@ def test_everything_that_the_installation_brings_is_pinned():
 
 def test_every_imported_package_is_declared():
     extras = PROJECT["project"]["optional-dependencies"]
-    texts = PROJECT["project"]["dependencies"] + extras["batch"] + extras["cuts"]
+    texts = PROJECT["project"]["dependencies"] + extras["batch"] + extras["cuts"] + extras["crf"]
     allowed = {canonicalize_name(Requirement(text).name) for text in texts}
-    owners = metadata.packages_distributions() | {"maxflow": ["PyMaxflow"]}  # need not be installed
+    optional = {"maxflow": ["PyMaxflow"], "pydensecrf": ["pydensecrf2"]}  # need not be installed
+    owners = metadata.packages_distributions() | optional
     for path in (ROOT / "repro").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -65,7 +65,7 @@ def scenes(
     return _scenes(split, count, size, seed, tuple(classes), ring)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _scenes(split, count, size, seed, classes, ring) -> MaskSet:
     words = np.random.Philox(key=seed + (COMPOSITION[split] << 64)).random_raw(count * WORDS)
     octets = words.astype("<u8").view(np.uint8).reshape(count, -1).astype(np.int32)

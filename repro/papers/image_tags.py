@@ -38,9 +38,9 @@ ON_COCO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # (fields of the 
 # is in an image to every patch, so that maps of its full last block light up the background. A small rate of the
 # encoder and a large one of the heads keep what pretraining has learned. Both are deviations.
 MINI = {
-    "network": "vit-mini", "crop": 64, "batch": 16, "lr": 3e-5, "head_factor": 30.0, "steps": 240, "epoch_steps": 31,
-    "warmup_steps": 30, "cam_scales": "1,0.5", "colour": False, "eval_every": 60, "log_every": 10,
-    "checkpoint_every": 60, "scale_low": 0.75, "scale_high": 1.5, "precision": "fp32", "threads": 1, "images": SCENES,
+    "network": "vit-mini", "crop": 64, "batch": 16, "lr": 3e-5, "head_factor": 30.0, "steps": 400, "epoch_steps": 31,
+    "warmup_steps": 30, "cam_scales": "1,0.5", "colour": False, "eval_every": 40, "log_every": 10,
+    "checkpoint_every": 40, "scale_low": 0.75, "scale_high": 1.5, "precision": "fp32", "threads": 1, "images": SCENES,
     "tests": 200,
 }  # fmt: skip
 TINY = {"batch": 4, "steps": 6, "epoch_steps": 2, "warmup_steps": 1, "eval_every": 3, "log_every": 2,

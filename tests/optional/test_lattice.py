@@ -1,6 +1,6 @@
 """The CRF of large images against the exact one; needs pydensecrf2, which is no dependency:
 
-    pip install pydensecrf2 && python -m pytest tests/optional
+    pip install -e ".[crf]" && python -m pytest tests/optional
 """
 
 import torch
