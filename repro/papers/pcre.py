@@ -19,7 +19,7 @@ NOTE = (
     "Faults of the released code are not repeated: there the radius never follows its schedule, candidates are ranked "
     "by position, and crops on VOC are chosen with the true masks. Over-activation is a reconstruction: false over "
     "true positives. Small scales start from weights that were pretrained on single garments, and their network has a "
-    "convolutional stem, a deviation: without both, tags alone did not teach it in the time of a small run. No "
+    "convolutional stem and, but for AFA, a last block that mixes nothing, both deviations. No "
     "weights are averaged: EMA weights are the live ones."
 )
 METHODS = ("plain", "toco", "dupl", "afa", "pcre")
