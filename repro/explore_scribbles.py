@@ -54,7 +54,7 @@ class Saved:
     scribbles: (P, H, W) uint8, class, 255, 254 on padding; of the run's own length.
     reach: (P, H, W) floating, the shortest length at which a pixel is marked, inf for never.
     log_probs: (P, K, H, W) floating. classes: K names. length: the run's, 0..1. solver, neighbours: of its stage A,
-    the released ones for a method without it. title: its name.
+    the released ones for a method without it. title: its name. width: of a scribble, in pixels.
     """
 
     images: Tensor
@@ -67,6 +67,7 @@ class Saved:
     solver: SolverSettings
     neighbours: int
     title: str
+    width: int = WIDTH
 
     @property
     def size(self) -> tuple[int, int]:
@@ -140,13 +141,14 @@ def load_saved(experiment: Experiment, root: Path | None = None) -> Saved | None
     outputs = load_outputs(folder_of(experiment, root))
     if missing(outputs):
         return None
-    length, own = experiment.labels / 100, resolve(experiment).method
+    length, recipe = experiment.labels / 100, resolve(experiment)
+    own = recipe.method
     solver, neighbours = released(length), 8
     if isinstance(own, TrustRegionSettings):
         solver, neighbours = own.solver, own.neighbours
     arrays = (outputs[name] for name in NEEDED)
     title = f"{label_of(experiment)}, {where([experiment])}"
-    return Saved(*arrays, classes_of(experiment.data), length, solver, neighbours, title)
+    return Saved(*arrays, classes_of(experiment.data), length, solver, neighbours, title, recipe.width)
 
 
 def missing(outputs: dict[str, Tensor]) -> list[str]:
@@ -181,14 +183,14 @@ def scribbles_at(saved: Saved, at: Position) -> Tensor:
         reach = saved.reach[at.image]
         found = torch.where(reach <= torch.tensor(at.length, dtype=reach.dtype), truth, IGNORE)
     for stroke in at.strokes:
-        found[brushed(stroke, saved.size)] = stroke.label
+        found[brushed(stroke, saved.size, saved.width)] = stroke.label
     return torch.where(own == PADDING, PADDING, found)
 
 
-def brushed(stroke: Stroke, size: tuple[int, int]) -> Tensor:
+def brushed(stroke: Stroke, size: tuple[int, int], width: int = WIDTH) -> Tensor:
     """Pixels (H, W) bool of a stroke, drawn as all scribbles are and cut off at the picture's edge."""
     row, column, reach = trace(np.array([stroke.first, stroke.last], float))
-    return torch.from_numpy(np.isfinite(paint(row, column, reach, size, WIDTH)))
+    return torch.from_numpy(np.isfinite(paint(row, column, reach, size, width)))
 
 
 def view(saved: Saved, at: Position) -> View:
@@ -376,8 +378,9 @@ class Canvas:
         """The image under its scribbles, outlined in white, and a stroke to come: a line with rings at its ends."""
         tile, labels = smooth(pixels, self.fit), nearest(scribbles.numpy(), self.fit)
         is_seed = labels < len(self.saved.classes)
-        tile[is_seed] = self.colours[labels[is_seed]]
-        tile[outline(labels).astype(bool)] = 255
+        rim = outline(is_seed) | outline(is_seed[::-1, ::-1])[::-1, ::-1]  # outline knows two of four sides
+        tile[rim] = 255
+        tile[is_seed] = self.colours[labels[is_seed]]  # on top: a stroke may be three cells wide
         picture = Image.fromarray(tile)
         if cursor:
             pen, colour = ImageDraw.Draw(picture), tuple(self.colours[cursor.label].tolist())

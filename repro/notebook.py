@@ -44,6 +44,7 @@ class Asked:
     device: str
     rule: str
     weights: str
+    train_base: bool = True
 
     @property
     def experiments(self) -> list[Experiment]:
@@ -76,16 +77,20 @@ class AskedTables:
 
 def one_run(
     *, rule: str, weights: str, runs_root: Any, data_root: Any, device: str, beside: str = "", base: str | None = None,
-    **fields,
+    train_base: bool = True, **fields,
 ) -> Asked:  # fmt: skip
     """Check the parameters of a notebook about one run; fields: those of `Experiment`.
 
     beside: a method that is run at the same settings, "" for none; overrides of the recipe hold for both, those of
     the method's own settings for the first only. base: of a notebook that has it in place of `beside`: the method that
-    CalibrateMix is put on, and that stands beside it under the same settings, as far as it has them.
+    CalibrateMix is put on, and that stands beside it under the same settings, as far as it has them; train_base:
+    whether it is trained, or only drawn if it has been.
     overrides: a dict, or its JSON text (papermill passes text). Raises SettingError naming the allowed values.
     """
-    check_names([*fields, "beside" if base is None else "base", "rule", "weights", "runs_root", "data_root", "device"])
+    own = ("beside",) if base is None else ("base", "train_base")
+    check_names([*fields, *own, "rule", "weights", "runs_root", "data_root", "device"])
+    if type(train_base) is not bool:
+        raise SettingError(f"train_base is {train_base!r}; it must be True or False")
     tables.check_reporting(rule, weights)
     try:
         runs.choose_device(device)
@@ -104,7 +109,8 @@ def one_run(
             shared |= {field.name for field in dataclasses.fields(METHODS[beside].Settings)}
         theirs = tuple((name, value) for name, value in overrides.items() if name in shared)
         other = Experiment(**fields | {"method": beside}, overrides=theirs)
-    return Asked(experiment, other, _root(runs_root), Path(data_root) if data_root else None, device, rule, weights)
+    data_root = Path(data_root) if data_root else None
+    return Asked(experiment, other, _root(runs_root), data_root, device, rule, weights, train_base)
 
 
 def many_runs(
@@ -183,13 +189,17 @@ def source(*functions: Callable) -> HTML:
 
 def settings_table(experiment: Experiment) -> Styler:
     """The method's own hyper-parameters: symbol, value, default, allowed values, where stated."""
-    return left(pd.DataFrame(describe(resolve(experiment).method)).set_index("name"))
+    return _settings(describe(resolve(experiment).method))
 
 
 def recipe_table(experiment: Experiment) -> Styler:
     """Everything else of the recipe, as `settings_table`."""
-    rows = [row for row in describe(resolve(experiment)) if row["name"] != "method"]
-    return left(pd.DataFrame(rows).set_index("name"))
+    return _settings([row for row in describe(resolve(experiment)) if row["name"] != "method"])
+
+
+def _settings(rows: list[dict]) -> Styler:
+    columns = ["name", "symbol", "value", "default", "allowed", "source"]  # a method may have no settings of its own
+    return left(pd.DataFrame(rows, columns=columns).set_index("name"))
 
 
 def left(frame: pd.DataFrame) -> Styler:
@@ -220,6 +230,11 @@ def train(experiment: Experiment, asked: Asked) -> pd.DataFrame:
     spent = f"{time.monotonic() - started:.0f} s now, {metrics['cost']['train_seconds']:.0f} s of training in all"
     print(f"{metrics['run']}: {spent}, on {metrics['provenance']['device']}")
     return numbers([experiment], asked)
+
+
+def train_base(asked: Asked) -> pd.DataFrame:
+    """Execute the run beside, as `train`; where the parameters spare it, only its numbers, if it has been run."""
+    return train(asked.beside, asked) if asked.train_base else numbers([asked.beside], asked)
 
 
 def numbers(experiments: Iterable[Experiment], asked: Asked) -> pd.DataFrame:

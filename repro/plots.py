@@ -7,6 +7,7 @@ through `save`.
 
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from repro.experiment import Experiment, resolve
 from repro.grids import Column, Table, place
 from repro.methods.few_labels import commatch
 from repro.papers import PAPERS
+from repro.papers.published import NOT_AVAILABLE
 from repro.runs import folder_of, is_finished, load_history, load_outputs
 from repro.style import Drawing, by_seed, label_of, message, save, say, setting, style_of, themed, where
 from repro.tables import METRICS, NOT_RUN, RULES, WEIGHTS, check_reporting, published_grid, summarise
@@ -322,19 +324,26 @@ def table_points(
             looks = {"color": look.colour, "marker": look.marker, "markersize": 7, "capsize": 3}
             axes.plot(factor * np.array(values), [y + 0.2] * len(values), ".", color=look.colour, alpha=0.5)
             axes.errorbar(factor * summary.mean, y, xerr=factor * (summary.sd or 0), **looks)
-        axes.set(xlabel=metric.title, ylim=(len(cells) - 0.5, -0.5), yticks=at)
+        axes.set(xlabel=textwrap.fill(metric.title, 60 // len(metrics)), ylim=(len(cells) - 0.5, -0.5), yticks=at)
         axes.set_yticklabels([row.label for row in table.rows])
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6 if len(metrics) < 3 else 4))
     _published_beside(grid[-1], table)
     return figure
 
 
 def _published_beside(axes: Axes, table: Table) -> None:
-    """The first published column's cells as text at the right edge: no small scale may stand on their axis."""
+    """The first published column's cells as text at the right edge: no small scale may stand on their axis.
+
+    Of the first reference that has a number there, else of the first.
+    """
     if table.references:
-        grid = published_grid(table, table.references[0])
-        metric = METRICS[table.references[0].metric].name
-        heading, cells = f"{metric}, {table.references[0].title},\n{grid.columns[0]}:", grid[grid.columns[0]]
+        grids = [published_grid(table, reference) for reference in table.references]
+        known = [(grid.iloc[:, 0] != NOT_AVAILABLE).any() for grid in grids]
+        shown = known.index(True) if any(known) else 0
+        reference, column = table.references[shown], grids[shown].columns[0]
+        lines = f"{METRICS[reference.metric].name}, {reference.title},", f"{column}:"
+        heading = "\n".join(textwrap.fill(line, 42) for line in lines)
+        cells = grids[shown][column]
     else:
         heading, cells = "published:", ["none"] * len(table.rows)
     side = axes.secondary_yaxis("right")

@@ -320,4 +320,5 @@ def class_legend(figure: Figure, names: Sequence[str], maps: Sequence[Tensor], m
     colours = class_colours(len(names))
     entries = {"unknown" if label == IGNORE else names[label]: colours[label] for label in present} | (more or {})
     patches = [Patch(facecolor=colour, edgecolor="0.6", linewidth=0.5, label=name) for name, colour in entries.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 9), frameon=False, fontsize=9)
+    columns = min(len(patches), max(1, int(0.9 * figure.get_figwidth())))
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -20,7 +20,7 @@ from repro import style
 from repro.claims import statistic
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
-from repro.grids import Table
+from repro.grids import EMBEDDED, Table
 from repro.methods.scribbles.lengths import PUBLISHED, PUBLISHED_CLASSES
 from repro.methods.scribbles.losses import outlier_model, rescaled_epsilon, robust_surprise
 from repro.metrics import METRICS
@@ -30,7 +30,7 @@ from repro.plots import LINES, Drawn, bands, loss_curves, outside_legend, table_
 from repro.plots_plane import class_colours, class_legend, classes_of, tile, unavailable
 from repro.runs import folder_of, is_finished, load_history, load_outputs
 from repro.settings import SettingError, unknown
-from repro.style import Drawing, label_of, style_of, themed, where
+from repro.style import Drawing, label_of, message, style_of, themed, where
 from repro.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
 
 CEILING = "full"  # the method that sees masks: a level, whatever the scribbles' length
@@ -305,6 +305,38 @@ def _where(experiments: Iterable[Experiment]) -> str:
 
 
 @themed
+def length_panels(experiment: Experiment, root: Path | None = None, images: int = 2) -> Figure:
+    """Training images of a run under scribbles of every published length, and the truth that they are drawn into.
+
+    images: how many, from the first. Below a scribble: how much of the image it marks. People drew those of files: what
+    they are at another length than the run's is not known there.
+    """
+    title = "Scribbles by length on training images"
+    kept = load_outputs(folder_of(experiment, root)) if is_finished(experiment, root) else {}
+    if "pool_reach" not in kept:
+        return unavailable(title, [experiment], root)
+    if experiment.data not in EMBEDDED:
+        return message(title, f"{where([experiment])}: other lengths of these scribbles are not known")
+    reach, truth, lengths = kept["pool_reach"], kept["pool_truth"], sorted(PUBLISHED)
+    shown, (high, wide), columns = min(images, len(truth)), truth.shape[1:], len(lengths) + 1
+    figure = Drawing(figsize=(10, (10 / columns * high / wide + 0.3) * shown + 0.7), layout="constrained")
+    figure.suptitle(f"{title}: {shown} of {len(truth)} kept\n{_where([experiment])}; below: share of marked pixels")
+    names, colours = classes_of(experiment.data), class_colours(len(classes_of(experiment.data)))
+    for index, row in enumerate(figure.subplots(shown, columns, squeeze=False)):
+        picture = kept["pool_images"][index].permute(1, 2, 0).numpy()
+        for length, axes in zip(lengths, row, strict=False):
+            # half precision rounds a reach: it is compared with a length that is rounded alike
+            marked = torch.where(reach[index] <= torch.tensor(length).half(), truth[index], IGNORE)
+            share = float((marked != IGNORE).double().mean())
+            tile(axes, scribbled(picture, marked.numpy(), colours), f"{100 * share:.2f} %")
+            axes.set_title(f"{100 * length:g} %{' (click)' * (length == 0)}" if index == 0 else "", fontsize=10)
+        tile(row[-1], colours[truth[index].numpy()])
+        row[-1].set_title("hidden truth" if index == 0 else "", fontsize=10)
+    class_legend(figure, names, [truth[:shown]])
+    return figure
+
+
+@themed
 def proposal_panels(experiment: Experiment, root: Path | None = None, images: int = 4) -> Figure:
     """Training images of a run with scribble, last proposal, prediction and hidden truth.
 
@@ -433,6 +465,7 @@ def trust_region_figures(scale: str, seeds: Sequence[int], root: Path | None = N
             ("energy", "Potts energy and mIoU over training", energy_curves(alike, root)),
             ("proposals", "Proposals over training", proposal_curves(alike, root)),
             ("methods", "Predictions by method", method_panels(first, root)),
+            ("scribbles", "Scribbles by length", length_panels(finished[0], root)),
         ]
     for item in [item for item in finished if item.method == "robust_trust_region"][:1]:
         drawn += [
@@ -450,5 +483,5 @@ def _of_length(experiments: Sequence[Experiment], length: int) -> list[Experimen
     return sorted(kept, key=lambda item: item.method == CEILING)  # last, beside the truth
 
 
-__all__ = ["by_length", "energy_curves", "method_panels", "proposal_curves", "proposal_panels", "published_by_method",
-           "robust_loss_curves", "stage_ends", "trust_region_figures"]  # fmt: skip
+__all__ = ["by_length", "energy_curves", "length_panels", "method_panels", "proposal_curves", "proposal_panels",
+           "published_by_method", "robust_loss_curves", "stage_ends", "trust_region_figures"]  # fmt: skip

@@ -1,90 +1,161 @@
-"""The report of a batch: tables beside published numbers, claims, figures, executed notebooks, one HTML page.
+"""The report of a batch: an overview, a page a paper, one across papers, executed notebooks; drawn from run records.
 
-Everything is drawn from run records. The page embeds its figures, so it can be mailed or opened from a file.
+Training and pages are two levels: a changed plot, text or template writes the pages again and trains nothing.
 """
 
-import base64
+import hashlib
+import json
 import shlex
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from repro import claims, plots, plots_calibration, plots_masks, plots_tags, runs, style, tables
+from repro import (
+    across,
+    agreement,
+    batch,
+    claims,
+    exchange,
+    pages,
+    plan,
+    plots,
+    plots_calibration,
+    plots_masks,
+    plots_scribbles,
+    plots_tags,
+    runs,
+    style,
+    tables,
+)
 from repro.checkpoints import atomic_path, read_json, write_json, write_text
 from repro.experiment import Experiment, from_record
-from repro.grids import place
-from repro.metrics import sentence
+from repro.grids import LABELS, place
+from repro.metrics import METRICS, sentence
 from repro.papers import PAPERS
+from repro.settings import SettingError
 
 PACKAGE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-NOTEBOOKS = ("commatch", "calibratemix", "csl", "pcre", "tables")
+NOTEBOOKS = ("commatch", "calibratemix", "csl", "pcre", "trust_region", "tables")
 # Paper -> its figures: (scale, seeds, folder of runs) -> those that its finished runs can draw.
 FIGURES = {
     "commatch": plots.commatch_figures,
     "calibratemix": plots_calibration.calibratemix_figures,
     "csl": plots_masks.csl_figures,
     "pcre": plots_tags.pcre_figures,
+    "trust_region": plots_scribbles.trust_region_figures,
 }
+ABLATION, MAIN = "ablation_", "main"  # names of figures that belong to a table
+KINDS = across.KINDS | {LABELS: "few labels"}
+TITLE = "Learning from few or weak labels: measured beside published"
+SUMMARY = (
+    "Papers on learning from few or weak labels, rebuilt in one package. Each number here is read from the record of a "
+    "run. Numbers of a small scale stand in columns of their own and decide claims only for the data and scale named; "
+    "published numbers carry their source. There is a page for each paper, in the shape of a report of a reproduction."
+)
+SPREAD = "Cells: mean ± standard deviation over n seeds. Last evaluation of the averaged (EMA) weights."
+CONTENTS = (
+    ("claims", "Claims"), ("method", "Method"), ("deviations", "Deviations"), ("easy", "What was easy"),
+    ("difficult", "What was difficult"), ("tables", "Tables"), ("ablations", "Ablations"), ("figures", "Figures"),
+    ("cost", "Cost"), ("commands", "Commands"),
+)  # fmt: skip
 
 
 def build(scale: str, seeds: Sequence[int], root: Path, committed: Path | None = None) -> Path:
-    """Write the report of the main job's runs and return its page.
+    """Write the report of the runs and return its first page.
 
-    scale, seeds: of the main job. root: folder of runs; the report goes to `root/report-<scale>`.
+    scale, seeds: of the runs that are read. root: folder of runs; the report goes to `root/report-<scale>`.
     committed: a checkout whose `figures/` and README block are renewed too; None leaves them alone.
-    Nothing is written when no record changed since the last report.
+    Nothing is written when no record, notebook, text or code changed since the last report.
     """
     folder = Path(root) / f"report-{scale}"
-    page = folder / "index.html"
-    inputs = {"runs": _records(root, scale), "code": runs.source_digest(), "seeds": list(seeds)}
-    made = folder / "inputs.json"
+    page, made = folder / "index.html", folder / "inputs.json"
+    inputs = _inputs(scale, seeds, root)
     if page.exists() and made.exists() and read_json(made) == inputs:
         return page
     made.unlink(missing_ok=True)
     parts = [paper_parts(name, scale, seeds, root, folder) for name in PAPERS]
-    notebooks = execute_notebooks(folder, scale, root)
+    between = across_parts(scale, seeds, root, folder)
     experiments = [e for seed in seeds for paper in PAPERS.values() for e in paper.main_experiments(scale, (seed,))]
-    write_text(page, render(scale, seeds, parts, notebooks, finished(experiments, root)))
+    write_pages(folder, scale, seeds, root, parts, between)
     write_text(folder / "results.md", results_markdown(scale, seeds, parts))
     tables.collect(experiments, root).to_csv(folder / "runs.csv", index=False)
     if committed is not None:
-        publish(folder, parts, committed)
-    write_json(made, inputs)
+        publish(folder, parts, committed, [figure for section in between for figure in section["figures"]])
+    write_json(made, inputs | {"committed": _digest([batch.COMMITTED])})
     return page
 
 
+def _inputs(scale: str, seeds: Sequence[int], root: Path) -> dict:
+    """All that the pages are made of."""
+    imported = sorted((Path(root) / exchange.FOLDER).glob("*.parquet"))
+    read = [path for kind in ("*.md", "*.csv") for path in sorted((PACKAGE / "papers").glob(kind))]
+    read += [*sorted((PACKAGE / "templates").iterdir()), *sorted((PACKAGE.parent / "notebooks").glob("*.ipynb"))]
+    return {
+        "runs": _times(root, f"*-{scale}-*/metrics.json"),
+        "notebooks": _times(root, f"*-{scale}-*/notebook.ipynb"),
+        "imported": {path.name: path.stat().st_mtime_ns for path in imported},
+        "committed": _digest([batch.COMMITTED]),
+        "code": runs.source_digest(),
+        "texts": _digest(read),
+        "seeds": list(seeds),
+    }
+
+
+def _times(root: Path, pattern: str) -> dict[str, int]:
+    """The time of each run's file by run."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in sorted(Path(root).glob(pattern))}
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
+
+
+# What pages need to know
+
+
 def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder: Path) -> dict:
-    """Claims, tables and figures of one paper, as the page and the Markdown need them."""
+    """Claims, texts, tables, ablations, figures, cost and runs of one paper, as pages and Markdown need them."""
     paper = PAPERS[name]
-    blocks, not_run = [], []
-    for table in (*paper.TABLES.values(), *paper.ABLATIONS.values()):
-        blocks_here = table_blocks(table, scale, seeds, root)
-        blocks += blocks_here
-        if not blocks_here:
-            not_run.append(table.title)
-    figures = []
-    for key, title, figure in FIGURES[name](scale, seeds, root):
-        path = folder / "figures" / f"{name}_{key}.png"
-        style.save(figure, path)
-        figures.append({"title": title, "path": path, "source": _embedded(path)})
-    decided = claims.verdicts(paper.CLAIMS.values(), scale, seeds, root)
-    first = paper.main_experiments(scale, seeds)[0]
+    figures = {key: save_figure(figure, title, folder / "figures" / f"{name}_{key}.png")
+               for key, title, figure in FIGURES[name](scale, seeds, root)}  # fmt: skip
+    measured = {kind: [block for table in group.values() for block in table_blocks(table, scale, seeds, root)]
+                for kind, group in (("tables", paper.TABLES), ("ablations", paper.ABLATIONS))}  # fmt: skip
+    further = dict(figures)
+    for kind, blocks in measured.items():
+        for block in blocks:  # a figure stands below the first block of its table
+            key = f"{ABLATION}{block['name']}" if kind == "ablations" else MAIN if block is blocks[0] else ""
+            block["figure"] = further.pop(key, None)
+    done = {block["title_of_table"] for blocks in measured.values() for block in blocks}
+    wanted = plan.select([name], scale=scale, seeds=seeds)
+    rows = finished(wanted, root)
     return {
         "name": name,
         "title": paper.TITLE,
-        "column": place(first),
+        "short": short(paper.TITLE),
+        "href": f"{name}.html",
+        "learns_from": KINDS[paper.BUDGET],
+        "column": place(paper.main_experiments(scale, seeds)[0]),
         "note": paper.NOTE,
-        "scope": claims.scope(next(iter(paper.CLAIMS.values())), scale),
-        "claims": decided.to_dict("records"),
-        "tables": blocks,
-        "not_run": not_run,
-        "figures": figures,
-    }
+        "scope": " and ".join(dict.fromkeys(claims.scope(claim, scale) for claim in paper.CLAIMS.values())),
+        "claims": claims.verdicts(paper.CLAIMS.values(), scale, seeds, root).to_dict("records"),
+        "texts": pages.texts(name),
+        "not_run": [table.title for table in (*paper.TABLES.values(), *paper.ABLATIONS.values())
+                    if table.title not in done],
+        "figures": list(figures.values()),
+        "further": list(further.values()),
+        "cost": cost_row(short(paper.TITLE), rows, len(wanted)),
+        "runs": rows,
+        **measured,
+    }  # fmt: skip
 
 
 def table_blocks(table, scale: str, seeds: Sequence[int], root: Path) -> list[dict]:
@@ -98,10 +169,12 @@ def table_blocks(table, scale: str, seeds: Sequence[int], root: Path) -> list[di
         laid = tables.layout(table, frame, column)
         blocks.append(
             {
+                "name": table.name,
+                "title_of_table": table.title,
                 "title": f"{table.title} — {column.title}",
                 "column": column,
                 "frame": laid,
-                "html": tables.to_html(laid),
+                "html": pages.frame_html(laid),
                 "markdown": tables.to_markdown(laid),
                 "notes": tables.notes(table, column, scale),
             }
@@ -109,40 +182,26 @@ def table_blocks(table, scale: str, seeds: Sequence[int], root: Path) -> list[di
     return blocks
 
 
-def execute_notebooks(folder: Path, scale: str, root: Path) -> list[dict]:
-    """Run the notebooks with papermill, each in a process of its own, and convert them to HTML."""
-    source = PACKAGE.parent / "notebooks"
+def across_parts(scale: str, seeds: Sequence[int], root: Path, folder: Path) -> list[dict]:
+    """The sections of the page across papers, figures saved and tables as HTML."""
     made = []
-    for name in NOTEBOOKS:
-        path = source / f"{name}.ipynb"
-        if not path.exists():
-            continue
-        executed, page = folder / f"{name}.ipynb", folder / f"{name}.html"
-        papermill = [
-            "-m",
-            "papermill",
-            str(path),
-            str(executed),
-            "-p",
-            "scale",
-            scale,
-            "-p",
-            "runs_root",
-            str(root),
-            "--cwd",
-            str(source),
-            "--no-progress-bar",
+    for section in across.sections(scale, seeds, root):
+        figures = [
+            save_figure(figure, title, folder / "figures" / f"across_{key}.png")
+            for key, title, figure in section["figures"]
         ]
-        convert = ["-m", "nbconvert", "--to", "html", "--output-dir", str(folder), str(executed)]
-        for arguments in (papermill, convert):
-            done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{name}.ipynb: {arguments[1]} failed\n{done.stderr[-3000:]}")
-        made.append({"title": f"{name}.ipynb", "href": page.name})
+        shown = [{"title": title, "html": pages.plain_html(frame)} for title, frame in section["tables"]]
+        made.append(section | {"figures": figures, "tables": shown})
     return made
 
 
-def finished(experiments: Sequence[Experiment], root: Path) -> list[dict]:
+def save_figure(figure, title: str, path: Path) -> dict:
+    """Write a figure; returns its title, path and source."""
+    style.save(figure, path)
+    return {"title": title, "path": path, "source": pages.embedded(path)}
+
+
+def finished(experiments: Iterable[Experiment], root: Path) -> list[dict]:
     """A row for each finished run: result, cost, origin, and the command that repeats it."""
     rows = []
     for folder, experiment in {runs.folder_of(item, root): item for item in experiments}.items():  # papers share runs
@@ -153,6 +212,7 @@ def finished(experiments: Sequence[Experiment], root: Path) -> list[dict]:
         rows.append(
             {
                 "id": folder.name,
+                "title": batch.title(experiment),
                 "result": sentence(final, PAPERS[experiment.paper].HEADLINES),
                 "seconds": f"{cost['train_seconds']:.0f}",
                 "rate": f"{cost['samples_per_second']:,.0f}",
@@ -160,9 +220,28 @@ def finished(experiments: Sequence[Experiment], root: Path) -> list[dict]:
                 "device": f"{origin['device']}, {origin['precision']}, {origin['threads']}",
                 "commit": f"{(origin['commit'] or 'unknown')[:10]}{' + changes' if origin['dirty'] else ''}",
                 "command": command(from_record(metrics)),
+                "cost": cost,
             }
         )
     return rows
+
+
+def cost_row(name: str, rows: Sequence[dict], planned: int) -> dict[str, str]:
+    """What finished runs took, as text. rows: of `finished`. planned: runs that tables, ablations and claims need."""
+    row = {"name": name, "finished": len(rows), "planned": planned}
+    if not rows:
+        return row | dict.fromkeys(("total", "each", "rate", "memory", "device"), "")
+    seconds, rates, memory = (
+        [item["cost"][key] for item in rows] for key in ("train_seconds", "samples_per_second", "peak_memory_mib")
+    )
+    devices = Counter(item["device"] for item in rows)
+    return row | {
+        "total": batch.clock(sum(seconds)),
+        "each": f"{min(seconds):,.0f} to {max(seconds):,.0f} s, median {statistics.median(seconds):,.0f} s",
+        "rate": f"{min(rates):,.0f} to {max(rates):,.0f}",
+        "memory": f"{max(memory):,.0f} MiB",
+        "device": "; ".join(f"{device} ({count})" for device, count in devices.most_common()),
+    }
 
 
 def command(experiment: Experiment) -> str:
@@ -173,28 +252,159 @@ def command(experiment: Experiment) -> str:
     return "python -m repro run " + " ".join(shlex.quote(word) for word in words)
 
 
-def render(scale: str, seeds: Sequence[int], parts: list[dict], notebooks: list[dict], rows: list[dict]) -> str:
-    """The HTML page."""
-    environment = Environment(
-        loader=FileSystemLoader(PACKAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    from markupsafe import Markup
+def short(title: str) -> str:
+    """`ComMatch` of a paper's title."""
+    return title.partition(":")[0]
 
+
+def compared(experiments: Iterable[Experiment], root: Path) -> dict:
+    """How finished runs agree with the committed numbers: a sentence, a table of what is not identical, warnings."""
+    rows = agreement.compare_all(experiments, root)
+    apart = [row for row in rows if row.verdict in (agreement.WITHIN, agreement.DIFFERS)]
+    frame = pd.DataFrame([row.row() | {"warning": "yes" if row.warning else ""} for row in apart])
+    said = agreement.summary(rows)[0]
+    return {"said": said[0].upper() + said[1:], "html": pages.plain_html(frame) if apart else "",
+            "warnings": sum(row.warning for row in rows)}  # fmt: skip
+
+
+def of_others(scale: str, seeds: Sequence[int], root: Path) -> pd.DataFrame:
+    """Imported results beside those of this folder, a row a cell and origin, as text; empty where nothing was imported.
+
+    Headline metrics of the last evaluation and EMA weights, over all seeds that either side has. Raises DataError.
+    """
+    frame = exchange.imported(root)
+    last = (frame["rule"] == "last") & (frame["weights"] == "ema") & (frame["class"] == exchange.ALL_CLASSES)
+    frame = frame[last & (frame["scale"] == scale)]
+    cell, rows = ["paper", "method", "data", "labels", "overrides"], []
+    for (paper, method, data, labels, overrides, origin), part in frame.groupby([*cell, "origin"], sort=True):
+        changes = json.loads(overrides)
+        mine = _finished_here((paper, method, data, labels), scale, changes, {*seeds, *part["seed"].tolist()}, root)
+        changed = "".join(f", {key} = {value}" for key, value in changes.items())
+        facts = part.iloc[0]
+        for name in PAPERS[paper].HEADLINES:
+            theirs = part.loc[part["metric"] == name, "value"]
+            ours = [float("nan") if (value := found.get(name)) is None else value for found in mine.values()]
+            rows.append(
+                {
+                    "paper": short(PAPERS[paper].TITLE),
+                    "method": f"{style.style_of(method).title}{changed}",
+                    "where": f"{data}, {PAPERS[paper].BUDGET.format(labels)}",
+                    "metric": METRICS[name].title,
+                    "here": _over_seeds(ours, name),
+                    "there": _over_seeds(theirs, name),
+                    "origin": origin,
+                    "exported by": facts["exported_by"],
+                    "device": facts["device"],
+                    "torch": facts["torch"],
+                    "commit": f"{facts['commit'][:10]}{' + changes' * (facts['dirty'] == 'yes')}",
+                    "runs of both": len(set(part["run"]) & set(mine)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _finished_here(cell: tuple, scale: str, overrides: dict, seeds: Iterable[int], root: Path) -> dict[str, dict]:
+    """Run -> metrics of this folder's finished runs of a cell; {} of settings that this code does not have."""
+    try:
+        paper, method, data, labels = cell
+        items = [Experiment(paper, method, data, int(labels), int(seed), scale, tuple(overrides.items()))
+                 for seed in sorted(seeds)]  # fmt: skip
+    except SettingError:
+        return {}
+    folders = [runs.folder_of(item, root) for item in items if runs.is_finished(item, root)]
+    return {folder.name: runs.load_metrics(folder)["reported"]["last"]["ema"] for folder in folders}
+
+
+def _over_seeds(values: Iterable[float], metric: str) -> str:
+    values = list(values)
+    return tables.show(tables.summarise(values), METRICS[metric], len(values), len(values))
+
+
+# Pages
+
+
+def write_pages(
+    folder: Path, scale: str, seeds: Sequence[int], root: Path, parts: Sequence[dict], between: Sequence[dict]
+) -> None:
+    """All pages of the report. parts: `paper_parts` of each paper; between: `across_parts`."""
+    site = [{"href": "index.html", "title": "Overview"}]
+    site += [{"href": part["href"], "title": part["short"]} for part in parts]
+    site += [{"href": "across.html", "title": "Across papers"}]
+    every = {row["id"]: row for part in parts for row in part["runs"]}
+    notebooks = execute_notebooks(folder, scale, root, site)
+    of_runs = pages.run_pages(root, folder, scale, site, {run: row["title"] for run, row in every.items()})
+    common = {"site": site, "scale": scale, "seeds": ", ".join(map(str, seeds)), "spread": SPREAD}
     for part in parts:
-        for block in part["tables"]:
-            block["html"] = Markup(block["html"])  # pandas escaped the cells
-    return environment.get_template("report.html").render(
-        title="Learning from few or weak labels: measured beside published",
-        summary="Each number is read from the record of a run. Numbers of a small scale stand in columns of their own "
-        "and decide claims only for the data and scale named; published numbers carry their source.",
-        scale=scale,
-        seeds=", ".join(map(str, seeds)),
-        papers=parts,
+        pages.write(
+            folder / part["href"],
+            "paper.html",
+            title=part["title"],
+            paper=part,
+            contents=CONTENTS,
+            scope=f"Verdicts hold {part['scope']} only.",
+            commits=_commits(part["runs"]),
+            notebook=next((item for item in notebooks if item["name"] == part["name"]), None),
+            pages=of_runs,
+            commands=paper_commands(part["name"], scale, len(seeds)),
+            **common,
+        )
+    pages.write(folder / "across.html", "across.html", title="Across papers", sections=between, **common)
+    everything = plan.select(scale=scale, seeds=seeds)
+    counted = [Counter(claim["verdict"] for claim in part["claims"]) for part in parts]
+    pages.write(
+        folder / "index.html",
+        "index.html",
+        title=TITLE,
+        summary=SUMMARY,
+        finished=len(every),
+        commits=_commits(every.values()),
+        kinds=claims.VERDICTS,
+        least=claims.MINIMUM_SEEDS,
+        papers=[part | {"counts": counts, "main": _main_block(part)}
+                for part, counts in zip(parts, counted, strict=True)],
+        decided=[claim | {"paper": part["short"], "href": part["href"]} for part in parts for claim in part["claims"]
+                 if claim["verdict"] in (claims.SUPPORTED, claims.CONTRADICTED)],
+        across=" and ".join(section["title"][0].lower() + section["title"][1:] for section in between),
+        agreement=compared(everything, root),
+        imported=pages.plain_html(found) if len(found := of_others(scale, seeds, root)) else "",
+        cost=[*(part["cost"] for part in parts), cost_row("all, each run once", list(every.values()), len(everything))],
         notebooks=notebooks,
-        runs=rows,
-        commits=" and ".join(sorted({f"commit {row['commit']}" for row in rows})) or "no commit",
-        command=f"make reproduce SCALE={scale} SEEDS={len(seeds)}",
-    )
+        runs=[{"href": address, "title": run} for run, address in of_runs.items()],
+        commands=[f"make reproduce SCALE={scale} SEEDS={len(seeds)}  # the main job, and this report",
+                  *(f"python -m repro {word} --scale {scale} --seeds {len(seeds)}" for word in ("plan", "rerun"))],
+        **common,
+    )  # fmt: skip
+
+
+def paper_commands(name: str, scale: str, seeds: int) -> list[str]:
+    """The shell commands that list, and make, all runs of a paper's page."""
+    return [f"python -m repro {word} --paper {name} --scale {scale} --seeds {seeds}" for word in ("plan", "rerun")]
+
+
+def _commits(rows: Iterable[dict]) -> str:
+    return " and ".join(sorted({f"commit {row['commit']}" for row in rows})) or "no run yet"
+
+
+def execute_notebooks(folder: Path, scale: str, root: Path, site: list[dict]) -> list[dict]:
+    """Run the notebooks with papermill, each in a process of its own, and write a page of each."""
+    source = PACKAGE.parent / "notebooks"
+    made = []
+    for name in NOTEBOOKS:
+        path = source / f"{name}.ipynb"
+        if not path.exists():
+            continue
+        executed, page = (folder / f"notebook-{name}.{kind}" for kind in ("ipynb", "html"))
+        parameters = ["-p", "scale", scale, "-p", "runs_root", str(root)]
+        papermill = ["papermill", str(path), str(executed), *parameters, "--cwd", str(source), "--no-progress-bar"]
+        done = subprocess.run([sys.executable, "-m", *papermill], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}.ipynb: papermill failed\n{done.stderr[-3000:]}")
+        pages.notebook_page(executed, page, f"{name}.ipynb", f"Executed by papermill at scale {scale}.", site)
+        made.append({"name": name, "title": f"{name}.ipynb", "href": page.name})
+    return made
+
+
+# Text for the checkout
 
 
 def results_markdown(scale: str, seeds: Sequence[int], parts: list[dict]) -> str:
@@ -207,7 +417,7 @@ def results_markdown(scale: str, seeds: Sequence[int], parts: list[dict]) -> str
     ]
     for part in parts:
         lines += [f"## {part['title']}", "", part["note"], ""]
-        for block in part["tables"]:
+        for block in (*part["tables"], *part["ablations"]):
             lines += [f"### {block['title']}", "", block["markdown"], *(f"- {note}" for note in block["notes"]), ""]
         lines += ["### Claims", "", claims_markdown(part), ""]
     return "\n".join(lines)
@@ -221,11 +431,15 @@ def claims_markdown(part: dict) -> str:
     return tables.to_markdown(frame) + f"\nVerdicts hold {part['scope']} only.\n"
 
 
-def publish(folder: Path, parts: list[dict], checkout: Path) -> None:
-    """Renew the committed figures, `figures/results.md`, `figures/runs.csv` and the README's result block."""
+def publish(folder: Path, parts: list[dict], checkout: Path, further: Sequence[dict] = ()) -> None:
+    """Renew the committed figures, `figures/results.md`, `figures/runs.csv` and the README's result block.
+
+    further: figures of no paper.
+    """
     target = checkout / "figures"
     target.mkdir(exist_ok=True)
     sources = [figure["path"] for part in parts for figure in part["figures"]]
+    sources += [figure["path"] for figure in further]
     for source in (*sources, folder / "results.md", folder / "runs.csv"):
         with atomic_path(target / source.name) as part:
             part.write_bytes(source.read_bytes())
@@ -239,25 +453,33 @@ def publish(folder: Path, parts: list[dict], checkout: Path) -> None:
 
 
 def _first_table(part: dict) -> str:
-    """The main table of a paper for the README: where its main job runs, measured columns only, rows that ran."""
-    if not part["tables"]:
+    """The main table of a paper for the README."""
+    found = main_table(part)
+    if found is None:
         return "No finished run yet."
+    return f"{part['title']}: {found[0]}\n\n{tables.to_markdown(found[1])}"
+
+
+def _main_block(part: dict) -> dict | None:
+    """The main table of a paper for the first page."""
+    found = main_table(part)
+    return found and {"caption": found[0], "html": pages.frame_html(found[1])}
+
+
+def main_table(part: dict) -> tuple[str, pd.DataFrame] | None:
+    """Caption and frame of a paper's main table: where its main job runs, measured columns only, rows that ran.
+
+    part: of `paper_parts`. None before two of its rows have a finished run.
+    """
+    if not part["tables"]:
+        return None
     main = [block for block in part["tables"] if block["column"] == part["column"]]
     frame = (main or part["tables"])[0]["frame"]
     measured = frame.loc[:, [top for top in frame.columns.get_level_values(0).unique() if top.startswith("measured")]]
     ran = measured[~measured.eq(tables.NOT_RUN).all(axis=1)]
     caption = ran.columns.get_level_values(0)[0]
     ran.columns = ran.columns.get_level_values(1)
-    return f"{part['title']}: {caption}\n\n{tables.to_markdown(ran)}"
-
-
-def _records(root: Path, scale: str) -> dict[str, int]:
-    """Every finished run of the scale with the time of its record."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in sorted(Path(root).glob(f"*-{scale}-*/metrics.json"))}
-
-
-def _embedded(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return caption, ran
 
 
 def _json(value) -> str:

@@ -198,6 +198,7 @@ def provenance(device: torch.device, recipe: Recipe) -> dict:
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(terse=True),
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": recipe.precision,
         "threads": torch.get_num_threads(),

@@ -6,6 +6,7 @@ same metadata validates values, names the allowed ones in errors, and fills the 
 
 import dataclasses
 import difflib
+import functools
 import math
 from typing import Any, get_type_hints
 
@@ -32,10 +33,13 @@ def hyper(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+_hints = functools.cache(get_type_hints)  # slow, and a plan checks thousands of recipes
+
+
 def check(settings: Any) -> None:
     """Raise SettingError unless every field of the dataclass instance has its type and lies in its range."""
     owner = type(settings).__name__
-    hints = get_type_hints(type(settings))
+    hints = _hints(type(settings))
     for field in dataclasses.fields(settings):
         value, kind, rule = getattr(settings, field.name), hints[field.name], field.metadata
         if kind not in (int, float, bool, str):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from repro.agreement import FACTS, facts
 from repro.experiment import Experiment, resolve, run_id
 from repro.grids import TITLES, Column, Row, Table, experiment
 from repro.metrics import METRICS, Metric
@@ -34,9 +35,9 @@ WEIGHTS = {"ema": "EMA weights", "live": "live weights"}
 # Reading runs
 
 FINISHED = "finished"
-PROVENANCE = ("commit", "dirty", "source_digest", "device", "precision", "finished")
+PROVENANCE = ("commit", "dirty", "finished")
 COLUMNS = ("run", *(item.name for item in dataclasses.fields(Experiment)), "status", "rule", "weights",
-           "selected_on_test", "metric", "value", "train_seconds", "torch", *PROVENANCE)  # fmt: skip
+           "selected_on_test", "metric", "value", "train_seconds", *PROVENANCE, *FACTS)  # fmt: skip
 
 
 def collect(experiments: Iterable[Experiment], root: Path | None = None) -> pd.DataFrame:
@@ -55,8 +56,7 @@ def collect(experiments: Iterable[Experiment], root: Path | None = None) -> pd.D
             continue
         saved = load_metrics(folder_of(item, root))
         about = {"status": FINISHED, "train_seconds": saved["cost"]["train_seconds"]}
-        about |= {"torch": saved["provenance"]["packages"]["torch"]}
-        about |= {name: saved["provenance"][name] for name in PROVENANCE}
+        about |= {name: saved["provenance"][name] for name in PROVENANCE} | facts(saved)
         for rule, weights, metric, value in _values(saved):
             number = {"metric": metric, "value": math.nan if value is None else float(value)}
             chosen = {"rule": rule, "weights": weights, "selected_on_test": rule == "best"}

@@ -2,12 +2,11 @@
 
 Scenes of `fake_mask_runs`, and predictions that get better and smoother with the second stage and with the method
 (partial_ce < dense_gd < grid_gd < adm < trust_region < robust_trust_region < full), so that curves part and figures
-have something to show. Metrics are measured on them. `STAND_IN` is a small paper, until the real one is registered.
+have something to show. Metrics are measured on them.
 """
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -16,15 +15,10 @@ from torch.nn import functional as F
 from repro.checkpoints import save_state, write_json
 from repro.data.scribbles import reaches_of
 from repro.evaluation import REPORTING
-from repro.experiment import Experiment, MaskRecipe, record
-from repro.grids import Claim, Column, Row, Table, ablation, checked_seeds, experiment
-from repro.methods.scribbles import METHODS, settings_for
-from repro.papers.published import Published, Reference
+from repro.experiment import Experiment, record
 from repro.potts import contrast_grid, potts_energy, relaxed_potts
 from repro.runs import folder_of, load_metrics
 from repro.segmentation import confusion, mean_iou, pixel_accuracy
-from repro.settings import SettingError
-from repro.style import style_of
 from repro.training import MOMENTS
 from tests.fake_mask_runs import CLASSES, measured, scenes, write_mask_folder
 from tests.fake_tag_runs import noise
@@ -116,57 +110,4 @@ def quality(proposal: Tensor | None, truth: Tensor) -> dict[str, float | None]:
     return {"proposal_accuracy": float(pixel_accuracy(counts)), "proposal_miou": float(mean_iou(counts))}
 
 
-# A paper to register while there is none
-
-
-BUDGET = "scribble length {} %"
-METRICS = ("miou", "pixel_accuracy", "boundary_f", "ece_15")
-ROWS = tuple(Row(style_of(method).title, method, published=(style_of(method).title,)) for method in METHODS)
-VOC, SCENES = (tuple(Column(data, length, BUDGET) for length in LENGTHS) for data in ("voc", "scenes"))
-LENGTH_1, NETWORK = "val, scribble length 1", "DeepLabV3+ MobileNetV2"
-NUMBERS = tuple(
-    Published("rloss", "README table 1", data, "100", NETWORK, method, setting, "mIoU", value, None, "README")
-    for data, method, setting, value in (
-        ("VOC2012 ScribbleSup", "Partial CE", LENGTH_1, 65.8),
-        ("VOC2012 ScribbleSup", "Dense-GD", LENGTH_1, 69.4),
-        ("VOC2012", "Full supervision", "val, full masks", 72.1),
-    )
-)
-REFERENCES = Reference("own", "tables", "miou"), Reference("rloss", "README table 1", "miou")
-TABLE = Table("main", "mIoU by scribble length", "trust_region", ROWS, VOC, SCENES, NUMBERS, REFERENCES, METRICS)
-VARIATIONS = (("robust (default)", {}), ("plain", {"method": "trust_region"}))
-EPSILON = ablation("epsilon", "Robust or plain", "trust_region", "robust_trust_region", VARIATIONS,
-                   VOC[-1:], SCENES[1:2], metrics=METRICS)  # fmt: skip
-
-
-def check_budget(data: str, labels: int) -> None:
-    if labels not in LENGTHS:
-        raise SettingError(f"labels is {labels}; it is a scribble length: {', '.join(map(str, LENGTHS))}")
-
-
-def recipe(method: str, data: str, labels: int, scale: str) -> MaskRecipe:
-    settings = settings_for(method, labels / 100, CLASSES)
-    return MaskRecipe(method=settings, network="resnet-mini", steps=STEPS[-1], batch=8, ema=0.0)
-
-
-def main_experiments(scale: str = "mini", seeds: tuple[int, ...] = (0, 1)) -> list[Experiment]:
-    lengths = (30, 100)
-    return [
-        experiment("trust_region", row, Column("scenes", length, BUDGET), scale, seed)
-        for seed in checked_seeds(seeds)
-        for length in lengths
-        for row in ROWS
-        if row.method in ("partial_ce", "grid_gd", "trust_region", "robust_trust_region")
-    ]
-
-
-CLAIM = Claim("robust", "Robust is better than plain.", "ours", "trust_region", ROWS[5], ROWS[4], "miou", VOC[-1],
-              SCENES[-1], direction="higher")  # fmt: skip
-STAND_IN = SimpleNamespace(
-    TITLE="Robust trust region", NOTE="", METHODS=tuple(METHODS), DATA=("scenes", "voc"), BUDGET=BUDGET,
-    HEADLINES=("miou", "ece_15"), check_budget=check_budget, check_recipe=lambda recipe: None, recipe=recipe,
-    TABLES={"main": TABLE}, ABLATIONS={"epsilon": EPSILON}, CLAIMS={"robust": CLAIM},
-    main_experiments=main_experiments,
-)  # fmt: skip
-
-__all__ = ["LENGTHS", "NUMBERS", "POOL", "STAND_IN", "START", "STEPS", "TABLE", "TEST", "write_scribble_run"]
+__all__ = ["LENGTHS", "POOL", "START", "STEPS", "TEST", "write_scribble_run"]

@@ -7,7 +7,6 @@ import io
 import itertools
 import math
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,14 +21,11 @@ from repro.checkpoints import save_state, write_json
 from repro.data.mask_views import MaskViews
 from repro.data.scenes import scenes
 from repro.data.scribbles import LENGTHS, reaches_of, scribbles_of
-from repro.experiment import Experiment, Recipe
+from repro.experiment import Experiment
 from repro.explore_masks import RIGHT, UNKNOWN, WRONG
 from repro.explore_scribbles import NOTHING, Canvas, Explorer, Position, Saved, Stroke, view
-from repro.methods.scribbles import METHODS, settings_for
-from repro.papers import PAPERS
 from repro.potts import contrast_grid, problems
 from repro.runs import folder_of
-from repro.settings import SettingError
 from repro.solve import SolverSettings, solve
 from tests.fake_outputs import texts
 
@@ -227,6 +223,8 @@ def test_strokes_are_three_pixels_wide_clipped_and_on_top():
     assert torch.equal(saved.scribbles, run_outputs()["pool_scribbles"])
     alone = explore_scribbles.scribbles_at(saved, Position(0, NOTHING, strokes[2:]))
     assert (alone < 255).sum() == 3 * SIDE
+    thin = dataclasses.replace(saved, width=1)
+    assert (explore_scribbles.scribbles_at(thin, Position(0, NOTHING, strokes[2:])) < 255).sum() == SIDE
     seen = view(saved, Position(0, NOTHING, strokes))
     assert seen.allowed == (2, 4, 5) and set(seen.proposal.labels.unique().tolist()) <= {2, 4, 5}
     assert seen.start.labels[10, 30] == 2, "the lowest label that is allowed, where background is not"
@@ -319,7 +317,8 @@ def test_tiles_show_scribble_argmax_proposal_truth_and_verdict(quarters):
         return [tile.getpixel(place) for place in ((50, 80), (150, 80), (50, 150), (150, 150))]
 
     assert corners(tiles[0]) == [(grey,) * 3 for grey in (0, 60, 120, 180)]
-    assert tiles[0].getpixel((150, 40)) == colours[1] and tiles[0].getpixel((179, 40)) == (255,) * 3
+    assert {tiles[0].getpixel((x, 40)) for x in (120, 150, 179)} == {colours[1]}
+    assert {tiles[0].getpixel(place) for place in ((119, 40), (180, 40), (150, 19), (150, 60))} == {(255,) * 3}
     assert corners(tiles[1]) == corners(tiles[2]) == [colours[label] for label in (0, 2, 2, 1)]
     assert tiles[1].getpixel((150, 40)) == colours[2] and tiles[2].getpixel((150, 40)) == colours[1]
     assert corners(tiles[3]) == [colours[label] for label in (0, 1, 2, 255)]
@@ -419,24 +418,8 @@ def test_controls_start_at_the_runs_own_values():
 # Runs
 
 
-def check_budget(data, labels):
-    if labels > 100:
-        raise SettingError(f"labels is {labels}; a length is at most 100 %")
-
-
-@pytest.fixture
-def paper(monkeypatch):
-    """A stand-in for the paper: its methods' settings in a bare recipe."""
-
-    def recipe(method, data, labels, scale):
-        return Recipe(method=settings_for(method, labels / 100, K))
-
-    parts = {"METHODS": tuple(METHODS), "DATA": ("scenes",), "BUDGET": "scribble length {} %", "recipe": recipe}
-    fake = SimpleNamespace(**parts, check_budget=check_budget, check_recipe=lambda recipe: None)
-    monkeypatch.setitem(PAPERS, "trust_region", fake)
-    return lambda method="robust_trust_region", labels=100, **more: Experiment(
-        "trust_region", method, "scenes", labels, **more
-    )
+def asked(method="robust_trust_region", labels=100, **more):
+    return Experiment("trust_region", method, "scenes", labels, **more)
 
 
 def write_run(folder, found):
@@ -444,26 +427,27 @@ def write_run(folder, found):
     write_json(folder / "metrics.json", {"run": folder.name})
 
 
-def test_saved_are_the_arrays_and_the_stage_of_the_run(tmp_path, paper):
-    own = paper(overrides={"gamma": 0.3, "neighbours": 4, "sweeps": 2, "back_end": "ortools"})
-    others = [paper("adm", 30), paper("partial_ce", 80), paper("grid_gd", 100)]
+def test_saved_are_the_arrays_and_the_stage_of_the_run(tmp_path):
+    own = asked(overrides={"gamma": 0.3, "neighbours": 4, "sweeps": 2, "back_end": "ortools", "width": 2})
+    others = [asked("adm", 30), asked("partial_ce", 80), asked("grid_gd", 100)]
     for experiment in (own, *others):
         write_run(folder_of(experiment, tmp_path), run_outputs())
     saved = explore_scribbles.load_saved(own, tmp_path)
     for name in ("images", "truth", "scribbles", "reach", "log_probs"):
         assert torch.equal(getattr(saved, name), run_outputs()[f"pool_{name}"])
-    assert saved.classes[1] == "Trouser" and saved.length == 1.0 and saved.neighbours == 4
+    assert saved.classes[1] == "Trouser" and saved.length == 1.0 and saved.neighbours == 4 and saved.width == 2
     assert saved.solver == SolverSettings(100.0, 0.3, sweeps=2, back_end="ortools")
     assert view(saved, explore_scribbles.starting(saved)).proposal.energy > 0, "whatever back end the run had"
     for experiment, gamma in zip(others, (0.1, 0.075, 0.05), strict=True):
         saved = explore_scribbles.load_saved(experiment, tmp_path)
-        assert saved.solver == SolverSettings(100.0, gamma) and saved.neighbours == 8, experiment.method
+        assert saved.solver == SolverSettings(100.0, gamma), experiment.method
+        assert (saved.neighbours, saved.width) == (8, 1)
     assert explore_scribbles.released(0.42) == SolverSettings(100.0, 0.1)
     assert "scribble length 80 %" in explore_scribbles.load_saved(others[1], tmp_path).title
 
 
-def test_controls_only_where_somebody_can_move_them(tmp_path, monkeypatch, paper):
-    own, bare, empty = paper(), paper(seed=6), paper(seed=7)
+def test_controls_only_where_somebody_can_move_them(tmp_path, monkeypatch):
+    own, bare, empty = asked(), asked(seed=6), asked(seed=7)
     kept = run_outputs()
     write_run(folder_of(own, tmp_path), kept)
     lacking = {name: kept[name] for name in kept if name not in ("pool_reach", "pool_log_probs")}
@@ -473,7 +457,7 @@ def test_controls_only_where_somebody_can_move_them(tmp_path, monkeypatch, paper
     still = explore_scribbles.explore(own, tmp_path)
     assert isinstance(still, Figure) and "network's argmax, seeds clamped" in texts(still)
     assert "Robust Grid-TR, Fashion scenes, scribble length 100 %" in texts(still)
-    assert "not run" in texts(explore_scribbles.explore(paper(seed=5), tmp_path))
+    assert "not run" in texts(explore_scribbles.explore(asked(seed=5), tmp_path))
     assert "Robust Grid-TR keeps no pool_reach, pool_log_probs" in texts(explore_scribbles.explore(bare, tmp_path))
     assert "keeps no pool_images" in texts(explore_scribbles.explore(empty, tmp_path))
     monkeypatch.setenv("REPRO_PROGRESS", "1")

@@ -4,16 +4,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from repro import runs
+from repro import exchange, plan, report, runs
 from repro.__main__ import main, parse_override
 from repro.checkpoints import CorruptFile
 from repro.experiment import Experiment, run_id
 from repro.methods.few_labels import task
 from repro.settings import SettingError
 from repro.training import Interrupted, NonFiniteLoss
+from tests.fake_runs import write_run
 
 TINY = ["--method", "supervised", "--scale", "tiny", "--set", "steps=1", "--set", "batch=2"]
 
@@ -155,3 +157,99 @@ def test_the_command_itself_exits_with_the_status():
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("repro: unknown setting of commatch 'bogus'") and done.stderr.count("\n") == 1
+
+
+def test_plan_prints_the_runs_of_an_ablation_and_their_bill(tmp_path, capsys):
+    wanted = ["plan", "--paper", "pcre", "--table", "1a", "--seeds", "2", "--runs", str(tmp_path / "none")]
+    assert main([*wanted, "--workers", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("time      why ") and out.count("pcre: ablation 1a") == 8 and ", 3 at a time (" in out
+    assert main([*wanted, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["bill"]["todo"] == len(shown["runs"]) == 8
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "selected"),
+    [
+        ([], ([], [], [], False, False, "mini", range(1))),
+        (["--claims"], ([], [], [], True, False, "mini", range(1))),
+        (["--claims", "toco", "dupl"], ([], [], [], ["toco", "dupl"], False, "mini", range(1))),
+        (
+            ["--paper", "csl", "pcre", "--table", "main", "--table", "1a", "--ablation", "rule", "--main",
+             "--scale", "tiny", "--seeds", "3"],
+            (["csl", "pcre"], ["main", "1a"], ["rule"], False, True, "tiny", range(3)),
+        ),
+    ],
+)  # fmt: skip
+def test_plan_and_rerun_take_the_same_selection(monkeypatch, tmp_path, arguments, selected):
+    asked, reran = [], []
+    monkeypatch.setattr(plan, "select", lambda *chosen: asked.append(chosen) or {})
+    module = ModuleType("repro.rerun")
+    module.rerun = lambda *chosen, **settings: reran.append((*chosen, settings)) or SimpleNamespace(exit_status=1)
+    monkeypatch.setitem(sys.modules, "repro.rerun", module)
+    assert main(["plan", *arguments]) == 0
+    options = ["--workers", "2", "--retries", "0", "--time-limit", "60", "--engine", "sequential", "--device", "cpu"]
+    assert main(["rerun", *arguments, *options, "--runs", str(tmp_path), "--profile", "slurm"]) == 1
+    assert main(["rerun", *arguments]) == 1
+    assert asked == [selected] * 3
+    settings = {"engine": "sequential", "workers": 2, "device": "cpu", "retries": 0, "time_limit": 60.0,
+                "profile": "slurm", "data_root": None}  # fmt: skip
+    assert reran[0] == ([], tmp_path, settings)
+    usual = {"engine": "auto", "workers": 0, "device": "auto", "retries": 1, "time_limit": None, "profile": None}
+    assert reran[1] == ([], runs.runs_folder(), usual | {"data_root": None})
+
+
+def test_stale_runs_are_planned_again_only_when_asked(tmp_path, capsys):
+    write_run(Experiment(method="supervised"), tmp_path)
+    wanted = ["plan", "--paper", "commatch", "--main", "--runs", str(tmp_path)]
+    assert main(wanted) == main([*wanted, "--stale"]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 4 runs to do (1 finished, 3 missing; 1 finished by other code, which --stale runs again)" in out
+    assert "4 of 4 runs to do (1 stale, 3 missing)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--paper", "pcr"], "unknown paper 'pcr' (did you mean 'pcre'?)"),
+        (["plan", "--paper", "pcre", "--table", "1z"], "unknown table of pcre '1z'"),
+        (["rerun", "--claims", "tocoo"], "did you mean 'toco'?"),
+        (["plan", "--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["plan", "--main", "--workers", "-1"], "workers is -1; it must be 0"),
+        (["report", "--scale", "huge"], "unknown scale 'huge'"),
+        (["export", "--to", "x.txt"], "x.txt must end in .csv or .parquet"),
+        (["export", "--to", "x.csv", "--runs", "none"], "no finished run in none; nothing to export"),
+        (["import", "none.csv", "--label", "ann"], "none.csv does not exist"),
+        (["import", "none.csv", "--label", "../ann"], "label is '../ann'"),
+    ],
+    ids=str,
+)
+def test_bad_input_to_a_batch_is_one_line_and_status_2(monkeypatch, tmp_path, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    module = ModuleType("repro.rerun")
+    module.rerun = lambda *_, **__: pytest.fail("it ran")
+    monkeypatch.setitem(sys.modules, "repro.rerun", module)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("repro: ") and message in err and err.count("\n") == 1
+
+
+def test_results_go_out_and_come_in(tmp_path, capsys):
+    mine = write_run(Experiment(), tmp_path / "theirs").name
+    sent = str(tmp_path / "sent.parquet")
+    assert main(["export", "--to", sent, "--runs", str(tmp_path / "theirs"), "--label", "ann", "--scale", "mini"]) == 0
+    assert capsys.readouterr().out.startswith("1 runs, ")
+    assert main(["import", sent, "--label", "ann", "--runs", str(tmp_path / "mine")]) == 0
+    assert capsys.readouterr().out == f"1 runs added to {tmp_path / 'mine' / 'imported' / 'ann.parquet'}\n"
+    assert set(exchange.imported(tmp_path / "mine")["run"]) == {mine}
+
+
+def test_report_builds_from_the_runs_that_are_there_and_commits_nothing(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(report, "build", lambda *chosen: asked.append(chosen) or tmp_path / "index.html")
+    assert main(["report", "--scale", "tiny", "--seeds", "2", "--runs", str(tmp_path)]) == 0
+    assert main(["report"]) == 0
+    assert asked == [("tiny", (0, 1), tmp_path), ("mini", (0, 1, 2, 3, 4), runs.runs_folder())]
+    assert capsys.readouterr().out == f"{tmp_path / 'index.html'}\n" * 2

@@ -13,6 +13,8 @@ ONE = {"paper": "commatch", "method": "commatch", "data": "fashion", "labels": 1
        "device": "cpu"}  # fmt: skip
 MANY = {"paper": "commatch", "scale": "tiny", "seeds": 2, "rule": "last", "weights": "ema", "runs_root": None,
         "run_missing": False}  # fmt: skip
+SCENES = {name: {"data": "scenes", "labels": labels} for name, labels in (("csl", 20), ("pcre", 20),
+                                                                          ("trust_region", 30))}  # fmt: skip
 
 
 def test_one_run_gives_the_experiment_and_the_one_beside_it(tmp_path):
@@ -130,6 +132,6 @@ def test_every_ablation_is_listed_with_parameters_that_exist():
         assert isinstance(frame, pd.DataFrame)
         assert len(frame) == sum(len(table.rows) for table in paper.ABLATIONS.values())
         for row in frame.itertuples():
-            where = {"data": "scenes", "labels": 20} if name in ("csl", "pcre") else {}
+            where = SCENES.get(name, {})
             asked = {"paper": name, "method": row.method, "overrides": row.overrides, "beside": ""}
             notebook.one_run(**ONE | asked | where)

@@ -136,6 +136,18 @@ def test_table_points_show_means_and_say_what_is_not_run_or_not_available(tmp_pa
     assert [label.get_text() for label in published.get_yticklabels()] == ["not available"] * len(table.rows)
 
 
+def test_the_published_cells_are_of_the_first_reference_that_has_a_number(tmp_path):
+    """Trust region's first reference has no number at all; its second, rloss, has 65.8 for partial cross-entropy."""
+    table = PAPERS["trust_region"].TABLES["main"].only(["Partial CE", "Robust Grid-TR"])
+    for references, stated in ((table.references, "65.80"), (table.references[:1], "not available")):
+        shown = dataclasses.replace(table, references=references)
+        how = {"root": tmp_path, "metrics": ("miou", "potts_energy", "ece_15")}
+        axes = plots.table_points(shown, "tiny", (0,), **how).axes[-1]
+        (published,) = axes.child_axes
+        assert [label.get_text() for label in published.get_yticklabels()] == [stated, "not available"]
+        assert f"mIoU, {references[-1].title}" in texts(axes).replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     "draw",
     [

@@ -13,6 +13,7 @@ from matplotlib.container import ErrorbarContainer
 from repro import plots_scribbles as figures
 from repro import style
 from repro.checkpoints import save_state, write_json
+from repro.data.scribbles import reaches_of
 from repro.experiment import Experiment
 from repro.papers import PAPERS
 from repro.plots_plane import class_colours
@@ -20,19 +21,14 @@ from repro.runs import folder_of, load_history, load_metrics, load_outputs
 from repro.settings import SettingError
 from repro.tables import NOT_RUN
 from tests.fake_outputs import texts
-from tests.fake_scribble_runs import NUMBERS, STAND_IN, START, STEPS, TABLE, write_scribble_run
+from tests.fake_scribble_runs import START, STEPS, write_scribble_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def paper():
-    """The stand-in paper, as long as the module's tests run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PAPERS, "trust_region", STAND_IN)
-        yield
+TABLE = PAPERS["trust_region"].TABLES["main"]
+NUMBERS = figures.published_by_method(TABLE)
 
 
 @pytest.fixture(scope="module")
-def root(paper, tmp_path_factory):
+def root(tmp_path_factory):
     """A folder of runs that no test changes: robust trust region at two lengths and seeds, others once, no ADM."""
     root = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
@@ -152,14 +148,15 @@ def test_a_click_is_named_and_a_variation_has_a_line_of_its_own(copied):
 
 
 def test_published_numbers_have_a_panel_and_a_scale_of_their_own(root):
-    missing = dataclasses.replace(NUMBERS[0], value=None)
-    numbers = {"partial_ce": NUMBERS[0], "grid_gd": missing, "full": NUMBERS[2]}
+    missing = dataclasses.replace(NUMBERS["partial_ce"], value=None)
+    numbers = {"partial_ce": NUMBERS["partial_ce"], "grid_gd": missing, "full": NUMBERS["full"]}
     figure, _ = by_length(root, robust(), published=numbers)
     measured, panel = figure.axes
     assert [text.get_text() for text in panel.texts] == ["65.8", "72.1"]
     assert [float(item[0].get_ydata()[0]) for item in panel.containers] == [65.8, 72.1]
     assert panel.get_title() == "published: VOC2012 ScribbleSup / VOC2012\nDeepLabV3+ MobileNetV2"
-    assert panel.get_xlabel() == "val, scribble length 1" and not panel.get_shared_y_axes().joined(panel, measured)
+    assert panel.get_xlabel() == "val, scribble length 1 (about 3% px)"
+    assert not panel.get_shared_y_axes().joined(panel, measured)
     for none in (None, {}, {"grid_gd": missing}):
         assert len(by_length(root, robust(), published=none)[0].axes) == 1
 
@@ -167,7 +164,7 @@ def test_published_numbers_have_a_panel_and_a_scale_of_their_own(root):
 def test_published_numbers_are_found_by_the_tables_reference():
     found = figures.published_by_method(TABLE)
     assert {method: one.value for method, one in found.items()} == {"partial_ce": 65.8, "dense_gd": 69.4, "full": 72.1}
-    assert {one.paper for one in found.values()} == {"rloss"}  # the first reference of the table has no number
+    assert {one.paper.split()[0] for one in found.values()} == {"rloss"}  # the first reference of the table has none
     assert figures.published_by_method(dataclasses.replace(TABLE, references=())) == {}
 
 
@@ -262,6 +259,31 @@ def test_proposals_begin_with_the_second_stage(root):
 # Images
 
 
+def test_scribbles_of_every_length_are_truth_where_a_pixel_is_reached(root):
+    item, lengths = run("partial_ce"), (0, 30, 50, 80, 100)
+    kept, colours = load_outputs(folder_of(item, root)), class_colours(6)
+    figure = figures.length_panels(item, root, images=2)
+    for index, row in enumerate(np.array(figure.axes).reshape(2, 6)):
+        truth = kept["pool_truth"][index].numpy()
+        reach = reaches_of(truth[None])[0]
+        for axes, length in zip(row, lengths, strict=False):
+            is_marked = reach <= np.float32(length / 100)
+            shown = axes.images[0].get_array()
+            assert (shown[is_marked] == colours[truth[is_marked]]).all()
+            assert (shown[~is_marked] == shown[~is_marked][:, :1]).all(), "grey where nothing is marked"
+            assert axes.get_xlabel() == f"{100 * is_marked.mean():.2f} %"
+        assert (row[5].images[0].get_array() == colours[truth]).all()
+    heads = [axes.get_title() for axes in figure.axes[:6]]
+    assert heads == ["0 % (click)", "30 %", "50 %", "80 %", "100 %", "hidden truth"]
+
+
+def test_of_scribbles_in_files_other_lengths_are_not_known(tmp_path):
+    item = Experiment("trust_region", "partial_ce", "voc", 80, 0, "tiny")
+    write_scribble_run(item, tmp_path)
+    said = texts(figures.length_panels(item, tmp_path))
+    assert "Pascal VOC 2012, scribble length 80 %" in said and "other lengths of these scribbles are not known" in said
+
+
 def test_panels_are_picture_scribble_proposal_prediction_and_truth(root):
     item = run("robust_trust_region")
     kept, colours = load_outputs(folder_of(item, root)), class_colours(6)
@@ -336,6 +358,7 @@ def test_runs_with_other_images_or_scribbles_are_not_shown_together(copied):
         lambda root: figures.proposal_curves([run("adm")], root),
         lambda root: figures.proposal_panels(run("adm"), root),
         lambda root: figures.method_panels([run("adm")], root),
+        lambda root: figures.length_panels(run("adm"), root),
     ],
 )
 def test_missing_runs_are_named_in_the_figure(draw, root):
@@ -361,7 +384,8 @@ def test_the_papers_figures_have_names_of_their_own(root):
     assert [name for name, *_ in figures.trust_region_figures("tiny", (9,), root)] == always
     drawn = {name: figure for name, _, figure in figures.trust_region_figures("tiny", (0, 1), root)}
     assert len(drawn) == len(figures.trust_region_figures("tiny", (0, 1), root))
-    assert {*always, "lengths", "boundaries", "energy", "proposals", "methods", "panels", "loss"} <= set(drawn)
+    more = {"lengths", "boundaries", "energy", "proposals", "methods", "scribbles", "panels", "loss"}
+    assert {*always, *more} <= set(drawn)
     assert "ablation_epsilon" in drawn  # two of its rows have run
     assert list(lines(drawn["energy"].axes[0]))[-2] == "Full supervision"  # from the length that it ran at, last
     assert len(drawn["lengths"].axes) == 2 and "65.8" in texts(drawn["lengths"])
@@ -371,7 +395,7 @@ def test_the_papers_figures_have_names_of_their_own(root):
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda root: figures.by_length([*robust(), run("full", 100)], root, {"full": NUMBERS[2]}),
+        lambda root: figures.by_length([*robust(), run("full", 100)], root, {"full": NUMBERS["full"]}),
         lambda root: figures.energy_curves(robust(), root),
         lambda root: figures.proposal_panels(run("robust_trust_region"), root, images=1),
         lambda root: figures.robust_loss_curves(6),

@@ -112,16 +112,26 @@ def pictures(garments: Tensor, seed: int) -> Tensor:
 
 
 class Pooled(nn.Module):
-    """A ViT under one classifier that reads the patches' mean and the class token, so that both learn."""
+    """A ViT whose blocks mix nothing yet, under classifiers of the maxima over its last and its auxiliary patches.
+
+    Mixing, or the mean in place of a maximum, carries the class to every patch: the activation maps of training that
+    starts there light up the background. Queries, keys and the class token stay as initialised.
+    """
 
     def __init__(self, encoder: ViT, classes: int) -> None:
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(encoder.width, classes)
+        self.head_aux = nn.Linear(encoder.width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K, 2), of the mean and of the token."""
-        tokens = self.encoder(x)
-        return self.head(torch.stack([tokens.patches.mean(1), tokens.class_tokens[:, 0]], 1)).mT
+        """Logits (B, K, 2), of the last patches and of the auxiliary ones."""
+        encoder, auxiliary = self.encoder, None
+        tokens = encoder.embed(x)[0][:, encoder.class_tokens :]
+        for index, block in enumerate(encoder.blocks):
+            tokens, _ = block(tokens, hidden=0, mixes=False, wanted=False)
+            if index == encoder.auxiliary:
+                auxiliary = tokens
+        return torch.stack([self.head(encoder.norm(tokens).amax(1)), self.head_aux(auxiliary.amax(1))], 2)
 
 
 def classifier(name: str, classes: int) -> nn.Module:
@@ -150,7 +160,8 @@ def pretrain(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int =
         for index in order[: len(order) // BATCH * BATCH].split(BATCH):
             batch = views.weak(images[index]).contiguous(memory_format=torch.channels_last)
             logits = network(batch)
-            loss = F.cross_entropy(logits, labels[index, None].expand(-1, 2) if logits.ndim == 3 else labels[index])
+            truth = labels[index]
+            loss = F.cross_entropy(logits, truth[:, None].expand(-1, logits.shape[2]) if logits.ndim == 3 else truth)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -171,10 +182,11 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def save(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
-    """Write weights: matrices and kernels as float16, everything of batch norms and biases as float32."""
+    """Write weights without the auxiliary classifier: matrices and kernels as float16, the rest as float32."""
     tensors = {
         key.removeprefix("encoder."): (value.half() if value.ndim > 1 else value).contiguous()
         for key, value in network.state_dict().items()
+        if not key.startswith("head_aux")
     }
     with atomic_path(path) as part:
         save_file(tensors, part, metadata=metadata)

@@ -2,6 +2,12 @@
 
 from types import ModuleType
 
-from repro.papers import calibratemix, commatch, csl, pcre
+from repro.papers import calibratemix, commatch, csl, pcre, trust_region
 
-PAPERS: dict[str, ModuleType] = {"commatch": commatch, "calibratemix": calibratemix, "csl": csl, "pcre": pcre}
+PAPERS: dict[str, ModuleType] = {
+    "commatch": commatch,
+    "calibratemix": calibratemix,
+    "csl": csl,
+    "pcre": pcre,
+    "trust_region": trust_region,
+}

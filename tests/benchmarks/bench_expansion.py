@@ -1,6 +1,7 @@
 """Seconds for stage A of the trust region: alpha-expansion of made-up images, and of Fashion scenes, by back end.
 
     python tests/benchmarks/bench_expansion.py [--back-end scipy] [--workers 2] [--scenes 1000] [--quick]
+    python tests/benchmarks/bench_expansion.py --only-scenes      # the goal below
 
 Sizes: 64 x 64 with 11 labels, 128 x 128 with 21, 375 x 500 with 4 and with 21; 8 neighbours, every label allowed, at
 most 5 sweeps from all background, released lambda and gamma. Scenes: 64 x 64, 6 classes, labels of the scribbles only.
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--quick", action="store_true", help="small images and 100 scenes only")
+    parser.add_argument("--only-scenes", action="store_true", help="no images of other sizes")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{chosen.back_end}, numpy {np.__version__}, scipy {scipy.__version__}, {platform.machine()}, {cpu()}")
@@ -94,7 +96,7 @@ def main() -> None:
         report("scenes", made, min(100, count), settings, pool, chosen.workers)
         settings = SolverSettings(restricted=False, back_end=chosen.back_end)
         for title, (height, width, classes, single, count) in SIZES.items():
-            if chosen.quick and height > 200:
+            if chosen.only_scenes or (chosen.quick and height > 200):
                 continue
             rng = np.random.default_rng(0)
             made = [problem_of(title, *regions(height, width, classes, rng), classes, rng) for _ in range(count)]

@@ -91,7 +91,7 @@ def wait_for(address, server, log, seconds=90):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["commatch", "calibratemix", "csl", "pcre"])
+@pytest.mark.parametrize("name", ["commatch", "calibratemix", "csl", "pcre", "trust_region"])
 def test_run_all_and_move_a_slider(name, chromium, lab, tmp_path):
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
@@ -99,7 +99,7 @@ def test_run_all_and_move_a_slider(name, chromium, lab, tmp_path):
         try:
             run_all(page, lab.replace("commatch", name))
             moves = {"commatch": move_thresholds, "calibratemix": move_temperature, "csl": move_weights,
-                     "pcre": move_regions}  # fmt: skip
+                     "pcre": move_regions, "trust_region": draw_stroke}  # fmt: skip
             moves[name](page)
         except BaseException:
             page.screenshot(path=tmp_path / "failed.png")
@@ -173,6 +173,27 @@ def move_regions(page):
     handle.focus()
     page.keyboard.press("Home")  # at 0 every pixel with any activation belongs to a class
     expect(table).not_to_have_text(before)
+    page.wait_for_function("([old]) => document.querySelector('.widget-html img').src !== old", arg=[drawn])
+
+
+def draw_stroke(page):
+    """Lambda and a drawn stroke change the proposal of trust region's explorer, its numbers and the picture."""
+    numbers, picture = page.locator(".widget-html", has=page.locator("table")).first, page.locator(".widget-html img")
+    energies = numbers.locator("tr", has_text="proposal").locator("td")
+    expect(numbers).to_contain_text("none drawn")
+    drawn, energy = picture.first.get_attribute("src"), energies.nth(1).inner_text()
+    slider = page.locator(".widget-slider", has_text="lambda, of Potts").first
+    handle = slider.locator(".noUi-handle")
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    page.keyboard.press("Home")  # without edges each pixel takes the network's likeliest label of the scribbles'
+    expect(slider.locator(".widget-readout")).to_have_text("0")
+    expect(energies.nth(1)).not_to_have_text(energy)
+    expect(energies.nth(3)).to_have_text("0.0000")
+    page.wait_for_function("([old]) => document.querySelector('.widget-html img').src !== old", arg=[drawn])
+    drawn = picture.first.get_attribute("src")
+    page.get_by_role("button", name="add stroke", exact=True).click()
+    expect(numbers).to_contain_text("1 stroke drawn")
     page.wait_for_function("([old]) => document.querySelector('.widget-html img').src !== old", arg=[drawn])
 
 

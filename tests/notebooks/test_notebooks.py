@@ -61,7 +61,7 @@ def test_committed_without_outputs_and_in_the_house_form(name):
 
 
 def test_first_notebook_and_tables_are_there():
-    assert {"index", "tables", "commatch", "calibratemix", "csl", "pcre"} <= set(NAMES)
+    assert {"index", "tables", "commatch", "calibratemix", "csl", "pcre", "trust_region"} <= set(NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,27 @@ def test_pcre_shows_its_runs_beside_published_numbers(tmp_path):
     assert "76.30" in str(published) and "not available" in str(published)
 
 
+@pytest.mark.timeout(300)
+def test_trust_region_shows_its_runs_beside_published_numbers(tmp_path):
+    root, changes = tmp_path / "runs", {"gamma": 0.2}
+    experiment = Experiment("trust_region", "robust_trust_region", "scenes", 100, 0, "tiny", changes)
+    parameters = ("-p", "scale", "tiny", "-p", "labels", "100", "-p", "beside", "partial_ce")
+    status, printed, book = papermill(
+        "trust_region", tmp_path / "out.ipynb", root, *parameters, "-y", "overrides: {gamma: 0.2}"
+    )
+    assert status == 0, printed[-3000:]
+    for item in (experiment, Experiment("trust_region", "partial_ce", "scenes", 100, 0, "tiny")):
+        assert runs.is_finished(item, root)
+    assert len(figures(book)) == 11 and all(len(figure) > 5000 for figure in figures(book))
+    reported = runs.load_metrics(runs.folder_of(experiment, root))["reported"]["last"]["ema"]
+    numbers = next(cell.outputs for cell in code_cells(book) if cell.source == "notebook.train(experiment, asked)")
+    assert all(f"{100 * reported[name]:.2f}" in str(numbers) for name in ("miou", "proposal_accuracy"))
+    published = next(cell.outputs for cell in code_cells(book) if "beside_published" in cell.source)
+    assert "65.80" in str(published) and "not available" in str(published)
+    solved = next(cell.outputs for cell in code_cells(book) if "every = " in cell.source)
+    assert "proposal: [0 0 0 0 0 1 1 1] after 1 cut" in str(solved), "the worked example"
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
@@ -163,6 +184,8 @@ def test_pcre_shows_its_runs_beside_published_numbers(tmp_path):
         ("csl", ("-p", "masks", "20"), "unknown parameter of this notebook 'masks'"),
         ("pcre", ("-p", "method", "csl"), "known: afa, dupl, pcre, plain, toco"),
         ("pcre", ("-p", "labels", "501"), "1 to 500"),
+        ("trust_region", ("-p", "method", "csl"), "known: adm, dense_gd, full, grid_gd, partial_ce"),
+        ("trust_region", ("-p", "labels", "20"), "0, 30, 50, 80, 100 (0: a click)"),
         ("tables", ("-p", "scale", "maxi"), "known: mini, paper, tiny"),
         ("index", ("-p", "scale", "maxi"), "known: mini, paper, tiny"),
     ],

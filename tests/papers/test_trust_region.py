@@ -6,18 +6,13 @@ from repro.experiment import SCALES, resolve, run_id
 from repro.grids import EMBEDDED, SCRIBBLES, Column, experiment, place
 from repro.methods.scribbles.lengths import PUBLISHED as TUNED
 from repro.metrics import METRICS
-from repro.papers import PAPERS, trust_region
+from repro.papers import trust_region
 from repro.papers.published import NOT_AVAILABLE, lookup
 from repro.tables import incomparable, published_grid
 
 TABLES = [*trust_region.TABLES.values(), *trust_region.ABLATIONS.values()]
 MAIN = trust_region.TABLES["main"]
 VOC_100, SCENES_30 = trust_region.VOC_100, trust_region.SCENES_30
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(PAPERS, "trust_region", trust_region)
 
 
 def run(row, column=SCENES_30, scale="mini", seed=0):
@@ -121,9 +116,13 @@ def test_the_epsilons_of_the_ablation_are_as_labelled_and_allowed_on_both():
         assert found == pytest.approx([0, 0.42, 0.75, default], abs=5e-4) and max(found) < (classes - 1) / classes
 
 
-def test_plain_is_robust_with_epsilon_0():
-    plain, robust = (resolve(run(row)).method for row in (trust_region.PLAIN, trust_region.ROBUST))
+def test_plain_is_robust_with_epsilon_0_and_a_rate_of_its_own_at_small_scales():
+    rows = (trust_region.PLAIN, trust_region.ROBUST)
+    plain, robust = (resolve(run(row, VOC_100, "paper")).method for row in rows)
     assert vars(plain) == vars(robust) | {"epsilon": 0.0} and robust.epsilon > 0
+    for scale in ("mini", "tiny"):
+        plain, robust = (resolve(run(row, scale=scale)).method for row in rows)
+        assert vars(plain) == vars(robust) | {"epsilon": 0.0, "rate": 0.03} and robust.epsilon > 0
 
 
 @pytest.mark.parametrize("scale", SCALES)
