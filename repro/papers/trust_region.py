@@ -142,10 +142,10 @@ ABLATIONS = {
         _ablation(
             "refresh",
             "Epochs between two solutions",
-            ("default: 5, on scenes 1", {}),
-            ("2", {"refresh": 2}),
+            ("default: 5, on scenes 2", {}),
+            ("1", {"refresh": 1}),
             ("solved once", {"refresh": scribbles.EPOCHS}),
-            note="The second stage has 60 epochs, on scenes three.",
+            note="The second stage has 60 epochs, on scenes four.",
         ),
         _ablation(
             "restriction",
