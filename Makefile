@@ -2,6 +2,7 @@
 #   make reproduce            the main job: train, tabulate, draw (SCALE=tiny|mini|paper, SEEDS=n)
 #   make test                 the tests, without the browser and the benchmarks
 #   make test-browser         the notebooks in JupyterLab in headless Chromium
+#   make test-cluster         batches through Snakemake, on a Slurm that the test starts (root, slurm-wlm, munge)
 #   make lint                 ruff
 #   make install              the environment alone
 #   make lab                  JupyterLab on the notebooks (LAB="--no-browser --port=8889")
@@ -19,7 +20,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce test test-browser lint lab clean
+.PHONY: help install reproduce test test-browser test-cluster lint lab clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,10 +42,17 @@ reproduce: $(INSTALLED)
 	$(BIN)/python -m repro reproduce --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS))
 
 test: $(INSTALLED)
-	$(PYTEST) tests --ignore=tests/browser --ignore=tests/benchmarks --ignore=tests/optional
+	$(PYTEST) tests --ignore=tests/browser --ignore=tests/cluster --ignore=tests/benchmarks --ignore=tests/optional
 
 test-browser: $(INSTALLED)
 	$(PYTEST) tests/browser --timeout=600
+
+test-cluster: $(VENV)/.installed-batch
+	$(PYTEST) tests/cluster
+
+$(VENV)/.installed-batch: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,batch]"
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

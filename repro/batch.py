@@ -4,7 +4,6 @@ A run is the same command that a person would type (`python -m repro run ...`); 
 ones continue, and one that fails does not stop the others.
 """
 
-import contextlib
 import json
 import os
 import queue
@@ -17,12 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 from tqdm import tqdm
 
 from repro import runs
-from repro.checkpoints import CorruptFile
-from repro.experiment import Experiment, record, resolve
+from repro.experiment import Experiment, record
 from repro.grids import place
 from repro.metrics import sentence
 from repro.papers import PAPERS
@@ -58,7 +55,7 @@ def run_all(
     for experiment in {runs.folder_of(experiment, root): experiment for experiment in experiments}.values():
         (outcome.skipped if runs.is_finished(experiment, root) else waiting).append(experiment)
     workers = workers or default_workers(device)
-    expected = {experiment: expected_seconds(experiment, root) for experiment in waiting}
+    expected = expected_seconds(waiting, root)
     total = sum(expected.values())
     if waiting:
         print(
@@ -166,23 +163,13 @@ def default_workers(device: str = "auto") -> int:
     return 1 if runs.choose_device(device).type == "cuda" else runs.cores()
 
 
-def expected_seconds(experiment: Experiment, root: Path) -> float:
-    """Mean training seconds of finished runs of the same method, data, scale and number of steps: those in `root`, else
-    those of the committed results (another machine's, so a rough guess), else a minute or two."""
-    steps = resolve(experiment).steps
-    seconds = []
-    for path in Path(root).glob(f"{experiment.method}-{experiment.data}.*-{experiment.scale}-*/metrics.json"):
-        with contextlib.suppress(CorruptFile):  # an estimate is no place to stop for it
-            metrics = runs.load_metrics(path.parent)
-            if metrics["recipe"]["steps"] == steps:
-                seconds.append(metrics["cost"]["train_seconds"])
-    if not seconds and COMMITTED.exists():
-        frame = pd.read_csv(COMMITTED).drop_duplicates("run")
-        same = [frame[name] == getattr(experiment, name) for name in ("method", "data", "scale")]
-        seconds = frame.loc[same[0] & same[1] & same[2], "train_seconds"].dropna().tolist()
-    if seconds:
-        return sum(seconds) / len(seconds)
-    return TINY_SECONDS if experiment.scale == "tiny" else UNKNOWN_SECONDS
+def expected_seconds(experiments: Sequence[Experiment], root: Path) -> dict[Experiment, float]:
+    """Seconds of each whole run, by `repro.plan.Rates`; where it knows nothing (scale `paper`), UNKNOWN_SECONDS."""
+    from repro import plan  # which imports this module
+
+    rates = plan.Rates(plan.records(root, {experiment.scale for experiment in experiments}).values())
+    known = {experiment: rates.seconds(experiment)[0] for experiment in experiments}
+    return {experiment: UNKNOWN_SECONDS if seconds is None else seconds for experiment, seconds in known.items()}
 
 
 def title(experiment: Experiment) -> str:

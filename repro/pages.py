@@ -91,11 +91,11 @@ def href(path: str) -> str:
 
 def notebook_page(source: Path, page: Path, title: str, about: str, site: list[dict], up: str = "") -> Path:
     """An executed notebook as a page of the report. up: the way from the page to the report's folder."""
-    import nbformat
     from nbconvert import HTMLExporter
 
-    book = cleaned(nbformat.read(source, as_version=4))
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(book)
+    exporter = HTMLExporter(template_name="basic")
+    exporter.register_preprocessor(lambda book, resources: (cleaned(book), resources), enabled=True)
+    body, _ = exporter.from_filename(str(source))
     values = {"title": title, "about": about, "site": site, "up": up, "here": ""}
     return write(page, "notebook.html", body=Markup(body), **values)
 

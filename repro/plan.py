@@ -132,12 +132,12 @@ def plan(
     stale: finished runs that other sources made are to run again; otherwise their reason only says so.
     """
     root = Path(root or runs.runs_folder())
-    records = _records(root, {experiment.scale for experiment in selection})
-    measured = Rates(records.values())
+    found = records(root, {experiment.scale for experiment in selection})
+    measured = Rates(found.values())
     planned = []
     for experiment, wanted_by in selection.items():
         run = run_id(experiment)
-        state, reason, spent = _state(experiment, root / run, records, stale)
+        state, reason, spent = _state(experiment, root / run, found, stale)
         seconds, rate = (None, "") if state == FINISHED else measured.seconds(experiment)
         if seconds is not None:
             seconds = max(0.0, seconds - spent)
@@ -145,16 +145,19 @@ def plan(
     return planned
 
 
-def _records(root: Path, scales: set[str]) -> dict[str, dict]:
-    """Run -> its metrics, or what was asked of it while it is unfinished; {} where neither can be read."""
-    records = {}
+def records(root: Path, scales: Iterable[str]) -> dict[str, dict]:
+    """Run -> its metrics, or what was asked of it while it is unfinished; {} where neither can be read.
+
+    root: folder of runs. scales: whose runs are read.
+    """
+    found = {}
     for folder in (folder for scale in sorted(scales) for folder in sorted(root.glob(f"*-{scale}-*"))):
-        records[folder.name] = {}
+        found[folder.name] = {}
         with contextlib.suppress(CorruptFile, OSError):
             finished = (folder / "metrics.json").exists()
             saved = runs.load_metrics(folder) if finished else read_json(folder / "experiment.json")
-            records[folder.name] = saved if isinstance(saved, dict) else {}
-    return records
+            found[folder.name] = saved if isinstance(saved, dict) else {}
+    return found
 
 
 def _state(experiment: Experiment, folder: Path, records: Mapping[str, dict], stale: bool) -> tuple[str, str, float]:

@@ -3,6 +3,7 @@
 Training and pages are two levels: a changed plot, text or template writes the pages again and trains nothing.
 """
 
+import ast
 import hashlib
 import json
 import shlex
@@ -129,11 +130,15 @@ def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder:
                for key, title, figure in FIGURES[name](scale, seeds, root)}  # fmt: skip
     measured = {kind: [block for table in group.values() for block in table_blocks(table, scale, seeds, root)]
                 for kind, group in (("tables", paper.TABLES), ("ablations", paper.ABLATIONS))}  # fmt: skip
-    further = dict(figures)
+    main, further, said = place(paper.main_experiments(scale, seeds)[0]), dict(figures), {}
+    whole = [block for block in measured["tables"] if block["column"] == main] or measured["tables"]
     for kind, blocks in measured.items():
-        for block in blocks:  # a figure stands below the first block of its table
-            key = f"{ABLATION}{block['name']}" if kind == "ablations" else MAIN if block is blocks[0] else ""
+        for block in blocks:  # a figure stands below the first block of its ablation, or of the main job's table
+            key = f"{ABLATION}{block['name']}" if kind == "ablations" else MAIN if block is whole[0] else ""
             block["figure"] = further.pop(key, None)
+            before = said.setdefault(block["title_of_table"], [])
+            block["new_notes"] = [note for note in block["notes"] if note not in before]
+            before += block["new_notes"]
     done = {block["title_of_table"] for blocks in measured.values() for block in blocks}
     wanted = plan.select([name], scale=scale, seeds=seeds)
     rows = finished(wanted, root)
@@ -143,7 +148,7 @@ def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder:
         "short": short(paper.TITLE),
         "href": f"{name}.html",
         "learns_from": KINDS[paper.BUDGET],
-        "column": place(paper.main_experiments(scale, seeds)[0]),
+        "column": main,
         "note": paper.NOTE,
         "scope": " and ".join(dict.fromkeys(claims.scope(claim, scale) for claim in paper.CLAIMS.values())),
         "claims": claims.verdicts(paper.CLAIMS.values(), scale, seeds, root).to_dict("records"),
@@ -369,9 +374,14 @@ def write_pages(
         imported=pages.plain_html(found) if len(found := of_others(scale, seeds, root)) else "",
         cost=[*(part["cost"] for part in parts), cost_row("all, each run once", list(every.values()), len(everything))],
         notebooks=notebooks,
+        skipped=[f"{name}.ipynb" for name in NOTEBOOKS if name not in {item["name"] for item in notebooks}],
         runs=[{"href": address, "title": run} for run, address in of_runs.items()],
-        commands=[f"make reproduce SCALE={scale} SEEDS={len(seeds)}  # the main job, and this report",
-                  *(f"python -m repro {word} --scale {scale} --seeds {len(seeds)}" for word in ("plan", "rerun"))],
+        commands=[
+            f"make reproduce SCALE={scale} SEEDS={len(seeds)}  # the main job, and this report",
+            f"python -m repro plan --scale {scale} --seeds {len(seeds)}  # the runs of all tables and claims",
+            f"python -m repro rerun --scale {scale} --seeds {len(seeds)}  # trains those that are missing",
+            f"python -m repro report --scale {scale} --seeds {len(seeds)}  # this report alone; trains nothing",
+        ],
         **common,
     )  # fmt: skip
 
@@ -386,12 +396,15 @@ def _commits(rows: Iterable[dict]) -> str:
 
 
 def execute_notebooks(folder: Path, scale: str, root: Path, site: list[dict]) -> list[dict]:
-    """Run the notebooks with papermill, each in a process of its own, and write a page of each."""
+    """Run notebooks with papermill, each in a process of its own, and write a page of each.
+
+    A notebook that would train is left out, so that pages never wait for a training.
+    """
     source = PACKAGE.parent / "notebooks"
     made = []
     for name in NOTEBOOKS:
         path = source / f"{name}.ipynb"
-        if not path.exists():
+        if not path.exists() or would_train(path, scale, root):
             continue
         executed, page = (folder / f"notebook-{name}.{kind}" for kind in ("ipynb", "html"))
         parameters = ["-p", "scale", scale, "-p", "runs_root", str(root)]
@@ -402,6 +415,22 @@ def execute_notebooks(folder: Path, scale: str, root: Path, site: list[dict]) ->
         pages.notebook_page(executed, page, f"{name}.ipynb", f"Executed by papermill at scale {scale}.", site)
         made.append({"name": name, "title": f"{name}.ipynb", "href": page.name})
     return made
+
+
+def would_train(path: Path, scale: str, root: Path) -> bool:
+    """Whether a notebook's runs, by its own parameters at this scale, are not all finished, or do not exist."""
+    from repro import notebook  # which imports this module
+
+    cells = read_json(path)["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    given = {item.targets[0].id: ast.literal_eval(item.value) for item in ast.parse(source).body}
+    if "method" not in given:
+        return bool(given.get("run_missing"))
+    try:
+        asked = notebook.one_run(**given | {"scale": scale, "runs_root": str(root)})
+    except SettingError:
+        return True
+    return not all(runs.is_finished(item, root) for item in asked.experiments)
 
 
 # Text for the checkout

@@ -42,13 +42,18 @@ LATE = ("refine", "segmentation")  # 0 while the head warms up
 
 
 def write_tag_run(
-    experiment: Experiment, root: Path, live: dict | None = None, evaluations: int = 10, **changes
+    experiment: Experiment, root: Path, live: dict | None = None, evaluations: int = 0, **changes
 ) -> Path:
-    """`write_tag_folder` in the folder that `runs` looks in, with evaluations evenly spread over the recipe's steps."""
+    """`write_tag_folder` in the folder that `runs` looks in, evaluated as its recipe says.
+
+    evaluations: so many of them instead, evenly spread over the steps.
+    """
     fields = {"seed": experiment.seed, "labels": experiment.labels, "data": experiment.data}
     saved = record(experiment)
-    total = saved["recipe"]["steps"]
-    steps = tuple(sorted({max(1, total * part // evaluations) for part in range(1, evaluations + 1)}))
+    total, every = saved["recipe"]["steps"], saved["recipe"]["eval_every"]
+    steps = tuple(range(every, total, every)) + (total,)
+    if evaluations:
+        steps = tuple(sorted({max(1, total * part // evaluations) for part in range(1, evaluations + 1)}))
     folder = folder_of(experiment, root)
     return write_tag_folder(folder, experiment.method, **fields, steps=steps, saved=saved, live=live, **changes)
 
@@ -83,7 +88,7 @@ def write_tag_folder(
         share = step / steps[-1]
         terms = {name: round((1 + i) * (1.5 - share) / 4, 4) for i, name in enumerate(TERMS[method])}
         terms |= {name: 0.0 for name in LATE if name in terms and share <= 0.1}
-        rate = {"lr": 3e-5 * (1 - 0.9 * share), "seconds": 3.0, "samples_per_second": 50.0}
+        rate = {"lr": saved["recipe"]["lr"] * (1 - 0.9 * share), "seconds": 3.0, "samples_per_second": 50.0}
         rows.append({"kind": "train", "step": step, "stage": 0, "terms": terms, "pseudo": {}} | rate)
         seen, probs = cams(test[1], method, seed, share), probabilities(test[1], method, seed, share)
         on_pool = cams(pool[1], method, seed, share)

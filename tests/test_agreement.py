@@ -14,7 +14,10 @@ from tests.fake_runs import METRICS, write_run
 
 FIXMATCH = Experiment("commatch", "fixmatch")
 ERRORS = {0: 0.1 + 0.2, 1: 0.32, 2: 0.28, 3: 0.33, 4: 0.27}
-PLATFORM = {"processor": "P", "platform": "Linux", "source_digest": "123456789012345678", "finished": "earlier"}
+PLATFORM = {
+    "processor": "P", "instructions": "AVX2", "platform": "Linux", "source_digest": "123456789012345678",
+    "finished": "earlier",
+}  # fmt: skip
 
 
 def run(root, experiment=FIXMATCH, provenance=(), **ema):
@@ -33,11 +36,9 @@ def committed(tmp_path):
     def commit(provenance=None, seeds=tuple(ERRORS), root=tmp_path / "theirs", **ema):
         known = PLATFORM if provenance is None else provenance
         experiments = [FIXMATCH.with_(seed=seed) for seed in seeds]
-        made = [run(root, experiment, known, **{"error": ERRORS[experiment.seed]} | ema) for experiment in experiments]
-        frame = tables.collect(experiments, root).drop(columns=list(agreement.FACTS), errors="ignore")
-        of = {metrics["run"]: facts(metrics) for metrics in made}
-        frame = frame.join(pd.DataFrame([of[name] for name in frame["run"]], index=frame.index))
-        frame.to_csv(path, index=False)
+        for experiment in experiments:
+            run(root, experiment, known, **{"error": ERRORS[experiment.seed]} | ema)
+        tables.collect(experiments, root).to_csv(path, index=False)
         return path
 
     return commit
@@ -103,6 +104,8 @@ def test_elsewhere_the_tolerance_holds_and_a_difference_is_told_without_a_warnin
         ({"packages": {"torch": "1.0", "numpy": "9"}}, "other packages"),
         ({"packages": {"torch": "2.0"}}, "other torch, packages"),
         ({"processor": None}, "unknown processor"),
+        ({"instructions": "AVX512"}, "other instructions"),
+        ({"processor": "Q", "instructions": None}, "other processor; unknown instructions"),
         ({"processor": None, "platform": "mac"}, "other platform; unknown processor"),
     ],
 )
@@ -121,10 +124,11 @@ def test_facts_of_a_digest_of_digits_survive_the_file(tmp_path, committed):
 
 def test_a_file_without_the_platform_still_compares(tmp_path, committed):
     path = committed()
-    pd.read_csv(path, dtype=str).drop(columns=["processor", "platform", "packages"]).to_csv(path, index=False)
+    unknown = ["processor", "instructions", "platform", "packages"]
+    pd.read_csv(path, dtype=str).drop(columns=unknown).to_csv(path, index=False)
     run(tmp_path / "mine", error=0.31)
     row = compare_all([FIXMATCH], tmp_path / "mine", path)[0]
-    assert (row.verdict, row.because) == (WITHIN, "unknown processor, platform, packages")
+    assert (row.verdict, row.because) == (WITHIN, "unknown processor, instructions, platform, packages")
 
 
 def test_the_committed_run_itself_is_named(tmp_path, committed):

@@ -12,7 +12,7 @@ import pytest
 from repro import batch, runs
 from repro.batch import Outcome, clock, default_workers, expected_seconds, run_all, title
 from repro.checkpoints import load_state
-from repro.experiment import Experiment
+from repro.experiment import Experiment, record
 from repro.training import CHECKPOINT
 from tests.fake_mask_runs import write_mask_run
 
@@ -32,12 +32,12 @@ def script(tmp_path, monkeypatch):
     return replace
 
 
-def finish(root, experiment, seconds=1.0, steps=1):
+def finish(root, experiment, seconds=1.0):
     """A finished run's metrics, as far as a batch reads them."""
     folder = runs.folder_of(experiment, root)
     folder.mkdir(parents=True)
-    metrics = {
-        "run": folder.name, "recipe": {"steps": steps}, "cost": {"train_seconds": seconds},
+    metrics = record(experiment) | {
+        "run": folder.name, "cost": {"train_seconds": seconds, "wall_seconds": 0.0}, "provenance": {"device": "cpu"},
         "reported": {"last": {"ema": {"error": 0.5, "ece_15": 0.125}}},
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -45,7 +45,7 @@ def finish(root, experiment, seconds=1.0, steps=1):
 
 def test_finished_runs_are_skipped_and_a_failing_one_stops_no_other(tmp_path, capsys, monkeypatch):
     """Real processes: one diverges, one repeats another under a spelt-out default, one was finished before."""
-    monkeypatch.setattr(batch, "expected_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(batch, "expected_seconds", lambda experiments, _: dict.fromkeys(experiments, 1.0))
     before, diverging = QUICK.with_(seed=1), QUICK.with_(lr=1e30, steps=30)
     finish(tmp_path, before)
     same = QUICK.with_(momentum=0.9)
@@ -62,7 +62,7 @@ def test_finished_runs_are_skipped_and_a_failing_one_stops_no_other(tmp_path, ca
 
 
 def test_an_interruption_has_the_running_save_and_starts_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "expected_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(batch, "expected_seconds", lambda experiments, _: dict.fromkeys(experiments, 1.0))
     long = QUICK.with_(steps=100_000, log_every=1, eval_every=100_000, checkpoint_every=100_000)
     folder = runs.folder_of(long, tmp_path)
 
@@ -138,16 +138,29 @@ def test_a_negative_number_of_workers_is_refused(tmp_path):
 
 def test_the_estimate_is_the_mean_of_like_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "COMMITTED", tmp_path / "none.csv")
-    guess = expected_seconds(QUICK, tmp_path)
-    assert guess == batch.TINY_SECONDS
+    assert expected_seconds([QUICK], tmp_path) == {QUICK: batch.TINY_SECONDS}
     finish(tmp_path, QUICK.with_(seed=1), seconds=10)
     finish(tmp_path, QUICK.with_(seed=2), seconds=20)
-    finish(tmp_path, QUICK.with_(seed=3, steps=9), seconds=999, steps=9)
+    finish(tmp_path, QUICK.with_(seed=3, steps=9), seconds=999)
     finish(tmp_path, QUICK.with_(method="fixmatch"), seconds=999)
-    (runs.folder_of(QUICK.with_(seed=2), tmp_path).parent / "supervised-x-tiny-y").mkdir()
+    (tmp_path / "supervised-x-tiny-y").mkdir()
     (tmp_path / "supervised-x-tiny-y" / "metrics.json").write_text("{")  # not this batch's business
-    assert expected_seconds(QUICK, tmp_path) == 15
-    assert expected_seconds(QUICK.with_(scale="mini"), tmp_path) == batch.UNKNOWN_SECONDS
+    mini, paper = QUICK.with_(scale="mini"), Experiment("commatch", "supervised", "cifar10", 40, 0, "paper")
+    assert expected_seconds([QUICK, mini, paper], tmp_path) == {
+        QUICK: 15, mini: batch.UNKNOWN_SECONDS, paper: batch.UNKNOWN_SECONDS,
+    }  # fmt: skip
+    assert expected_seconds([], tmp_path) == {}
+
+
+def test_an_estimate_reads_each_finished_run_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "COMMITTED", tmp_path / "none.csv")
+    for seed in (1, 2, 3):
+        finish(tmp_path, QUICK.with_(seed=seed), seconds=10 * seed)
+    read, load = [], runs.load_metrics
+    monkeypatch.setattr(runs, "load_metrics", lambda folder: read.append(folder.name) or load(folder))
+    waiting = [QUICK.with_(seed=seed) for seed in range(4, 20)]
+    assert expected_seconds(waiting, tmp_path) == dict.fromkeys(waiting, 20)
+    assert len(read) == len(set(read)) == 3
 
 
 def test_a_finished_run_is_told_by_its_papers_headlines(tmp_path, capsys, script):

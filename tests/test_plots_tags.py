@@ -14,7 +14,7 @@ from repro import plots_tags as figures
 from repro import style
 from repro.cam import THRESHOLDS
 from repro.checkpoints import load_state, save_state, write_json
-from repro.experiment import Experiment
+from repro.experiment import Experiment, resolve
 from repro.grids import Row
 from repro.papers import PAPERS
 from repro.papers.published import Reference
@@ -30,6 +30,9 @@ PLAIN, TOCO, AFA, DUPL = (PCRE.with_(method=name) for name in ("plain", "toco", 
 OTHER = PCRE.with_(seed=1)
 ABLATIONS = PAPERS["pcre"].ABLATIONS
 FOREGROUND = ["Trouser", "Pullover", "Dress", "Sneaker", "Bag"]
+RECIPE = resolve(PCRE)
+KEPT = range(RECIPE.eval_every, RECIPE.steps + 1, RECIPE.eval_every)  # evaluations, all of them moments
+WARM, GROWN = (share * RECIPE.steps for share in (0.1, 0.4))  # ends of the warm-up, and of the radius's growth
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,11 @@ def curves(axes):
 
 def picture(axes):
     return np.asarray(axes.images[0].get_array())
+
+
+def steps_shown(figure):
+    """Of a figure of growth: the steps above its first row."""
+    return [int(axes.get_title().split()[1]) for axes in figure.axes if axes.get_title().startswith("step ")]
 
 
 def blended(image, value, colour):
@@ -131,8 +139,8 @@ def test_regions_are_those_of_the_first_class_shown_at_each_moment(root):
     figure = figures.region_growth(PCRE, root, images=2, columns=6)
     tiles = [axes for axes in figure.axes if axes.images]
     moments, outputs = load_moments(folder_of(PCRE, root)), load_outputs(folder_of(PCRE, root))
-    steps = [40, 80, 120, 160, 280, 400]  # the radius grows up to 160
-    colours = class_colours(6)
+    steps, colours = list(KEPT), class_colours(6)
+    assert len(steps) == 6 and len(tiles) == 18
     for place, axes in enumerate(tiles[:12]):
         index, step = place // 6, steps[place % 6]
         label = 1 + outputs["pool_tags"][index].tolist().index(1)
@@ -154,10 +162,10 @@ def test_the_schedule_is_half_a_cosine_wave_between_its_marks(root):
     schedule, kept, *marks = axes.lines
     largest = 5 * GRID[0] / 28
     for step, radius in zip(*schedule.get_data(), strict=True):
-        wave = (1 - math.cos(math.pi * min(max((step / 400 - 0.1) / 0.3, 0), 1))) / 2
+        wave = (1 - math.cos(math.pi * min(max((step / RECIPE.steps - 0.1) / 0.3, 0), 1))) / 2
         assert radius == pytest.approx(1 + (largest - 1) * wave)
     assert kept.get_ydata() == pytest.approx([float(m["radius"]) for m in load_moments(folder_of(PCRE, root)).values()])
-    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([40, 160])
+    assert [mark.get_xdata()[0] for mark in marks] == pytest.approx([WARM, GROWN])
     assert [text.get_text() for text in axes.texts] == ["10 %", "40 %"]
 
 
@@ -176,10 +184,18 @@ def test_what_is_not_shown_has_no_outline(copied):
 
 def test_few_moments_are_all_shown(copied):
     for path in (folder_of(PCRE, copied) / "moments").glob("*.safetensors"):
-        if path.stem not in ("200", "400"):
+        if int(path.stem) not in KEPT[1::4]:
             path.unlink()
-    figure = figures.region_growth(PCRE, copied, images=1)
-    assert [axes.get_title().split("\n")[0] for axes in figure.axes[:2]] == ["step 200", "step 400"]
+    assert steps_shown(figures.region_growth(PCRE, copied, images=1)) == list(KEPT[1::4])
+
+
+@pytest.mark.parametrize(
+    ("columns", "tenths"), [(6, (1, 2, 3, 4, 7, 10)), (4, (1, 2, 3, 10)), (3, (1, 3, 10)), (20, range(1, 11))]
+)
+def test_of_many_moments_those_of_the_growing_radius_come_first(tmp_path, columns, tenths):
+    write_tag_run(PCRE, tmp_path, evaluations=10)
+    figure = figures.region_growth(PCRE, tmp_path, images=1, columns=columns)
+    assert steps_shown(figure) == [tenth * RECIPE.steps // 10 for tenth in tenths]
 
 
 # Over training
@@ -193,9 +209,11 @@ def test_curves_are_means_over_seeds_with_the_stages_marked(root):
         assert curves(axes)["PCRE"] == pytest.approx(values.mean(0))
         (band,) = axes.findobj(PolyCollection)
         ends = band.get_paths()[0].vertices
-        ends = ends[ends[:, 0] == 400][:, 1]
+        ends = ends[ends[:, 0] == RECIPE.steps][:, 1]
         assert (ends.min(), ends.max()) == pytest.approx((values[:, -1].min(), values[:, -1].max()))
-        assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == pytest.approx([40, 160])
+        marks = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+        assert marks == pytest.approx([WARM, GROWN])
+        assert curves(axes)["PCRE"].shape == (len(KEPT),)
         assert "ToCo (not run)" in curves(axes)
     said = texts(figure)
     assert "10 %: warm-up of the head ends, 40 %: PCRE's regions join its CAM" in said and "band: range" in said

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -287,6 +288,16 @@ def test_a_part_has_a_block_for_each_measured_number_of_masks(root):
     assert verdicts["CSL has a higher mIoU than UniMatch."] == "inconclusive" and "not run" in verdicts.values()
 
 
+def test_a_note_is_told_once_a_table_and_its_figure_stands_below_the_main_block(root):
+    for labels in (10, 40):
+        for experiment in csl.main_experiments("mini", (0,)):
+            write_mask_run(experiment.with_(labels=labels), root, figures=False)
+    blocks = report.paper_parts("csl", "mini", (0,), root, root / "report")["tables"]
+    assert [block["column"].labels for block in blocks] == [10, 20, 40]
+    assert [bool(block["figure"]) for block in blocks] == [False, True, False]
+    assert blocks[0]["new_notes"] == blocks[0]["notes"] == blocks[2]["notes"] and not blocks[2]["new_notes"]
+
+
 def test_costs_of_a_paper():
     rows = [
         {"cost": {"train_seconds": s, "samples_per_second": r, "peak_memory_mib": m}, "device": d}
@@ -370,6 +381,35 @@ def test_a_report_without_runs_says_so(tmp_path, monkeypatch):
     first = found["index.html"].words
     assert first.count("Not run.") == 1 and "none is committed of these runs" in first
     assert found["csl.html"].words.count("Not run.") == 2 and "No finished run." in found["csl.html"].words
+
+
+@pytest.mark.parametrize("name", report.NOTEBOOKS)
+def test_notebooks_that_would_train_are_not_executed(name, root, tmp_path):
+    path = report.PACKAGE.parent / "notebooks" / f"{name}.ipynb"
+    empty = tmp_path / "empty"
+    assert report.would_train(path, "tiny", empty) == (name != "tables")
+    if name in ("commatch", "csl"):
+        assert not report.would_train(path, "mini", root)
+    if name == "csl":
+        assert report.would_train(path, "paper", root)  # scenes have no such scale
+
+
+def test_executed_notebooks_become_pages(root, tmp_path, monkeypatch):
+    calls = []
+
+    def papermill(command, **_):
+        calls.append(command)
+        executed = Path(command[command.index("papermill") + 2])
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("$x$ done")]), executed)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(report, "NOTEBOOKS", ("commatch", "pcre"))  # the second has no finished run here
+    monkeypatch.setattr(report.subprocess, "run", papermill)
+    (tmp_path / "report").mkdir()
+    made = report.execute_notebooks(tmp_path / "report", "mini", root, [])
+    assert made == [{"name": "commatch", "title": "commatch.ipynb", "href": "notebook-commatch.html"}]
+    assert len(calls) == 1 and ["-p", "scale", "mini", "-p", "runs_root", str(root)] == calls[0][5:11]
+    assert "</math> done" in (tmp_path / "report" / "notebook-commatch.html").read_text()
 
 
 def test_agreement_has_the_rows_that_the_overview_reads():

@@ -14,7 +14,7 @@ import torch
 from repro import once, rerun, runs, workflow
 from repro.checkpoints import write_json
 from repro.experiment import record
-from repro.plan import STALE, Planned, plan
+from repro.plan import STALE, plan
 from repro.rerun import Summary, alone, visible_gpus
 from repro.settings import SettingError
 from tests import small_notebooks
@@ -276,37 +276,3 @@ def test_profiles_by_name_and_by_folder(tmp_path):
     assert workflow.profile_folder(str(tmp_path)) == tmp_path
     with pytest.raises(SettingError, match="neither one of kubernetes, slurm nor a folder with config.yaml"):
         workflow.profile_folder("lsf")
-
-
-@pytest.mark.timeout(300)
-def test_both_engines_give_the_same_runs(tmp_path):
-    """Real training; one of three runs diverges, one kernel is killed at the first attempt."""
-    pytest.importorskip("snakemake", reason="the extra `batch` is not installed")
-    killed_once = (
-        "import os, pathlib\nmarker = pathlib.Path(runs_root, 'killed')\n"
-        "if seed == 1 and not marker.exists():\n    marker.touch()\n    os.kill(os.getpid(), 9)"
-    )
-    notebooks = small_notebooks.training(tmp_path / "notebooks", before=(killed_once,))
-    killed, diverging = TINY.with_(seed=1), TINY.with_(lr=1e30, steps=30)
-    found = {}
-    for engine in ("snakemake", "sequential"):
-        root = tmp_path / "a folder" / engine
-        planned = plan(dict.fromkeys((TINY, killed, diverging), ("test",)), root)
-        summary = rerun.rerun(planned, root, engine=engine, workers=2, device="cpu", notebooks=notebooks)
-        assert set(summary.finished) == {TINY, killed}
-        assert [(experiment, kind) for experiment, kind, _ in summary.failed] == [(diverging, "bad input")]
-        assert not (runs.folder_of(diverging, root) / "notebook.ipynb").exists()
-        folders = [runs.folder_of(experiment, root) for experiment in (TINY, killed)]
-        assert all({path.name for path in folder.iterdir()} == {
-            ".lock", "experiment.json", "history.jsonl", "metrics.json", "notebook.ipynb", "outputs.safetensors",
-            "weights.safetensors"} for folder in folders)  # fmt: skip
-        found[engine] = [(runs.load_metrics(folder)["reported"], small_notebooks.weights_of(folder))
-                         for folder in folders]  # fmt: skip
-        stamps = [(folder / "metrics.json").stat().st_mtime_ns for folder in folders]
-        again = rerun.rerun(plan({TINY: ()}, root), root, engine=engine, device="cpu", notebooks=notebooks)
-        assert again.skipped == [TINY] and [(f / "metrics.json").stat().st_mtime_ns for f in folders] == stamps
-    assert found["snakemake"] == found["sequential"]
-
-
-def test_planned_runs_are_what_is_run():
-    assert {field for field in ("experiment", "run", "state", "seconds")} <= set(Planned.__dataclass_fields__)

@@ -148,6 +148,7 @@ def test_provenance_names_code_packages_and_machine(root):
     assert provenance["device"] == "cpu" and provenance["precision"] == "fp32" and provenance["threads"] == 1
     assert provenance["source_digest"] == runs.source_digest() and len(provenance["source_digest"]) == 16
     assert provenance["finished"].endswith("Z") and provenance["python"] == sys.version.split()[0]
+    assert f"CPU capability usage: {provenance['instructions']}" in torch.__config__.show()
     assert {"commit", "dirty", "platform", "processor", "cores"} <= set(provenance)
 
 

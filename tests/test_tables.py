@@ -79,6 +79,19 @@ def test_collect_lists_every_scalar_of_a_run_with_its_origin(tmp_path):
     ).all()
 
 
+def test_collect_has_the_facts_that_decide_whether_numbers_must_agree(tmp_path):
+    experiment = TABLE.experiments("mini", (0,))[1]
+    path = write_run(experiment, tmp_path) / "metrics.json"
+    saved = read_json(path)
+    saved["provenance"] |= {"processor": "P", "instructions": "AVX2", "platform": "Linux", "source_digest": "0123"}
+    del saved["provenance"]["precision"]
+    write_json(path, saved)
+    first = collect([experiment], tmp_path).iloc[0]
+    assert (first.device, first.processor, first.instructions, first.platform) == ("cpu", "P", "AVX2", "Linux")
+    assert (first.threads, first.torch, first.data_digest, first.source_digest) == ("1", "1.0", "d", "0123")
+    assert json.loads(first.packages) == saved["provenance"]["packages"] and pd.isna(first.precision)
+
+
 def test_a_missing_run_is_listed_and_a_shared_one_once(tmp_path):
     done, missing = TABLE.experiments("mini", (0,))
     write_run(done, tmp_path)

@@ -42,8 +42,9 @@ LAYOUTS = {
     "vit_base_patch16_224": Layout(),
     "deit_base_patch16_224": Layout(),
     # Ours, for scenes of 64 px: 16 x 16 tokens, since the CAMs of 8 x 8 do not follow a garment. The convolutional stem
-    # is a deviation from the papers. It sees a garment as a whole, and only two blocks mix patches in front of the last:
-    # a small ViT that mixes more carries what is in an image to every patch, and its maps light up the background.
+    # is a deviation from the papers: through it a patch sees 39 px, most of a garment. Only two blocks stand before the
+    # last, which mixes nothing for most methods: a small ViT that mixes more carries what is in an image to every
+    # patch, and its maps light up the background.
     "vit-mini": Layout(48, 3, 2, 4, 16, 2, ((24, 2), (48, 2), (48, 1), (48, 1), (48, 1))),
 }
 

@@ -1,7 +1,7 @@
 """Recipes for segmentation from image tags: PCRE's and those of its peers, at three scales.
 
 `paper` numbers are those of the released codes, as noted in `experiment.TagRecipe` and below; an assumption says so.
-`mini` and `tiny` shrink the network, the images, the batch, the number of steps and what counts pixels.
+`mini` and `tiny` shrink the network, the images, the number of steps and what counts pixels, and change batch and rate.
 """
 
 from typing import Any

@@ -18,9 +18,9 @@ NOTE = (
     "disagree (weights of two losses, share of the masks in the fusion, end of the radius) the value is a parameter. "
     "Faults of the released code are not repeated: there the radius never follows its schedule, candidates are ranked "
     "by position, and crops on VOC are chosen with the true masks. Over-activation is a reconstruction: false over "
-    "true positives. Small scales start from weights that were pretrained on single garments, and their network has a "
-    "convolutional stem and, but for AFA, a last block that mixes nothing, both deviations. No "
-    "weights are averaged: EMA weights are the live ones."
+    "true positives. Small scales start from weights that were pretrained on single garments with blocks that mix "
+    "nothing; their network has a convolutional stem and, but for AFA, a last block that mixes nothing; their learning "
+    "rate is larger. All three are deviations. No weights are averaged: EMA weights are the live ones."
 )
 METHODS = ("plain", "toco", "dupl", "afa", "pcre")
 DATA = ("scenes", "voc", "coco2014")

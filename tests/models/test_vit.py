@@ -1,12 +1,14 @@
 """ViTs against transformers' ViT on copied weights, attention written out, and what a mask and a resize must keep."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
 from repro.models.pretrained import WeightsError, fill
-from repro.models.vit import DILATIONS, LAYOUTS, DilatedHead, LargeFov, Layout, ViT, resized, to_map, vit
+from repro.models.vit import DILATIONS, LAYOUTS, DilatedHead, LargeFov, Layout, PatchEmbed, ViT, resized, to_map, vit
 
 SMALL = Layout(width=24, depth=4, heads=3, patch=4, grid=4, ratio=2)
 STEM = Layout(width=16, depth=3, heads=2, patch=4, grid=4, ratio=2, stem=((8, 2), (8, 1), (16, 2)))
@@ -312,11 +314,26 @@ def test_gradients_reach_what_is_used(layout, value_only):
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_the_stem_has_four_convolutions_and_a_pass_leaves_no_trace():
+@pytest.mark.parametrize("layout, seen", [(LAYOUTS["vit-mini"], 39), (STEM, 19)])
+def test_a_patch_sees_so_many_pixels_through_the_stem(layout, seen):
+    """Without norms, which see everything, and with weights that cancel nothing."""
+    stem = PatchEmbed(layout, 3).proj
+    convolutions = [layer for layer in stem if isinstance(layer, torch.nn.Conv2d)]
+    assert len(convolutions) == len(layout.stem) + 1
+    assert math.prod(layer.stride[0] for layer in convolutions) == layout.patch
+    for layer in convolutions:
+        layer.weight.data.fill_(1)
+    plain = torch.nn.Sequential(*(layer for layer in stem if not isinstance(layer, torch.nn.GroupNorm))).double()
+    x = torch.ones(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    y = plain(x)
+    assert y.shape == (1, layout.width, 16, 16)
+    y[0, 0, 8, 8].backward()
+    rows, columns = x.grad[0].abs().sum(0).nonzero().unbind(1)
+    assert all(int(places.max() - places.min()) + 1 == seen for places in (rows, columns))
+
+
+def test_a_pass_leaves_no_trace():
     net = vit("vit-mini", class_tokens=5, masked=True, value_only=True, auxiliary=-2)
-    convolutions = [layer for layer in net.patch_embed.proj if isinstance(layer, torch.nn.Conv2d)]
-    strides = torch.tensor([layer.stride[0] for layer in convolutions])
-    assert len(convolutions) == 4 and strides.prod() == net.patch
     before = {key: value.clone() for key, value in net.state_dict().items()}
     net.train()
     x = torch.randn(3, 3, 64, 64)

@@ -54,6 +54,17 @@ def test_small_recipes_share_everything_that_the_comparison_rests_on(method, sca
     assert recipe.network == "vit-mini" and recipe.threads == 1 and recipe.images == 500
 
 
+def test_mini_warms_up_before_the_head_learns_and_is_evaluated_at_its_end():
+    for method in METHODS:
+        recipe = resolve(Experiment("pcre", method, "scenes", 500))
+        assert recipe.steps % recipe.eval_every == recipe.steps % recipe.checkpoint_every == 0
+        assert 3 <= recipe.steps // recipe.eval_every <= 10, "every evaluation is kept as a moment"
+        assert recipe.warmup_steps <= recipe.warm_up * recipe.steps
+        published = resolve(Experiment("pcre", method, "voc", COUNTS["voc"], scale="paper"))
+        assert recipe.head_factor == published.head_factor and recipe.lr > published.lr
+        assert recipe.value_only == (method != "afa") and recipe.weights == "pretrained"
+
+
 def test_small_recipes_keep_every_weight_of_a_loss():
     for method in METHODS:
         small = resolve(Experiment("pcre", method, "scenes", 500)).method
