@@ -100,13 +100,13 @@ def test_a_cam_shows_the_largest_class_that_the_tags_name(root):
         for axes, outputs in zip(row[1:3], kept, strict=True):
             maps = outputs["test_cam"][index].float().numpy() * outputs["test_tags"][index].numpy()[:, None, None]
             assert picture(axes) == pytest.approx(blended(image, maps.max(0), colours[1 + maps.argmax(0)]), abs=1e-6)
-        labels = np.where(maps.max(0) > 0.5, 1 + maps.argmax(0), 0)  # of PCRE, at the recipe's beta
+        labels = np.where(maps.max(0) > 0.3, 1 + maps.argmax(0), 0)  # of PCRE, at the recipe's beta
         assert (picture(row[3]) == colours[labels]).all()
         assert (picture(row[4]) == colours[kept[0]["test_truth"][index].numpy()]).all()
     for axes, item, name in zip(tiles[0, 1:3], (PLAIN, PCRE), ("Plain CAM", "PCRE"), strict=True):
         assert axes.get_title() == f"{name}\n{100 * final(root, item)['cam_miou']:.1f} %"
     said = texts(figure)
-    assert "not run: ToCo" in said and "cut at 0.5" in said and "2 test images" in said
+    assert "not run: ToCo" in said and "cut at 0.3" in said and "2 test images" in said
     assert "Fashion scenes, 500 tagged images, mini scale, seed 0 (n = 1)" in said
 
 
@@ -241,15 +241,19 @@ def test_thresholds_mark_beta_and_what_is_best_on_this_set(root):
     corners = band.get_paths()[0].vertices
     at = corners[np.isclose(corners[:, 0], 0.3)][:, 1]
     assert (at.min(), at.max()) == pytest.approx((values[:, 30].min(), values[:, 30].max()))
-    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.5]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.3]
     said = texts(figure)
     assert "DuPL (n = 1): best" in said and "ToCo (not run)" in said and "chosen on this very set" in said
 
 
-def test_each_beta_has_a_line_that_names_its_methods(root):
+def test_each_beta_has_a_line_that_names_its_methods(root, monkeypatch):
+    def resolved(item):
+        return replace(resolve(item), beta=0.45 if item == AFA else 0.3)
+
+    monkeypatch.setattr(figures, "resolve", resolved)
     (axes,) = figures.threshold_curves([PCRE, DUPL, AFA], root).axes
-    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.5, 0.45]
-    assert [text.get_text() for text in axes.texts] == ["beta = 0.5 (PCRE, DuPL)", "beta = 0.45 (AFA)"]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.3, 0.45]
+    assert [text.get_text() for text in axes.texts] == ["beta = 0.3 (PCRE, DuPL)", "beta = 0.45 (AFA)"]
 
 
 def test_a_threshold_that_nothing_was_measured_at_is_a_gap(copied):
