@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -273,7 +274,7 @@ class _Report:
 
 def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+    return textwrap.shorten(lines[-1], 200, placeholder=" ...") if lines else ""
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from repro import batch, runs
+from repro import batch, plan, runs
 from repro.batch import Outcome, clock, default_workers, expected_seconds, run_all, title
 from repro.checkpoints import load_state
 from repro.experiment import Experiment, record
@@ -149,6 +149,7 @@ def test_the_estimate_is_the_mean_of_like_runs(tmp_path, monkeypatch):
     assert expected_seconds([QUICK, mini, paper], tmp_path) == {
         QUICK: 15, mini: batch.UNKNOWN_SECONDS, paper: batch.UNKNOWN_SECONDS,
     }  # fmt: skip
+    assert plan.plan({QUICK: ()}, tmp_path)[0].seconds == 15, "a plan says the same"
     assert expected_seconds([], tmp_path) == {}
 
 

@@ -45,6 +45,24 @@ def test_a_base_stands_beside_calibratemix_under_the_settings_that_it_has():
             notebook.one_run(**given | {"method": method}, base="fixmach")
 
 
+def test_a_base_that_is_not_to_be_trained_is_shown_if_it_has_been(tmp_path, monkeypatch):
+    given = {name: value for name, value in ONE.items() if name != "beside"} | {"runs_root": str(tmp_path)}
+    given |= {"paper": "calibratemix", "method": "calibratemix", "base": "fixmatch"}
+    asked = notebook.one_run(**given, train_base=False)
+    monkeypatch.setattr(notebook, "train", lambda experiment, asked: f"trained {experiment.method}")
+    assert (notebook.train_base(asked) == "not run").all(axis=None)
+    write_run(tmp_path, asked.beside, accuracy=(0.2, 0.5))
+    assert notebook.train_base(asked).loc["FixMatch, seed 0", "accuracy (%)"] == "50.00"
+    assert notebook.train_base(notebook.one_run(**given)) == "trained fixmatch"
+    with pytest.raises(SettingError, match="train_base is 'no'; it must be True or False"):
+        notebook.one_run(**given, train_base="no")
+
+
+def test_a_method_without_settings_of_its_own_has_an_empty_table():
+    frame = notebook.settings_table(Experiment(method="supervised")).data
+    assert frame.empty and list(frame.columns) == ["symbol", "value", "default", "allowed", "source"]
+
+
 def test_commands_are_those_that_a_person_types():
     experiment = Experiment("calibratemix", "calibratemix", scale="tiny", overrides={"base": "fixmatch"})
     shown = notebook.commands([experiment]).data.loc["CalibrateMix, base = fixmatch, seed 0", "command"]

@@ -18,6 +18,7 @@ from repro.once import Failure, classify, one_gpu
 from tests import small_notebooks
 from tests.small_notebooks import TINY, asked
 
+pytestmark = pytest.mark.timeout(400)  # seconds on a core of its own, many times that on a busy machine
 FINISH = "import pathlib; pathlib.Path(runs_root, 'run', 'metrics.json').write_text('{}')"
 
 
@@ -115,7 +116,7 @@ def test_a_second_attempt_is_made_only_where_it_can_help(execute, tmp_path):
 def test_sigterm_saves_a_checkpoint_and_the_run_ends_as_if_undisturbed(tmp_path):
     """The command itself, stopped in the middle of training, then typed again without what only a batch knows."""
     notebooks = small_notebooks.training(tmp_path / "notebooks")
-    experiment = TINY.with_(steps=400, eval_every=400, checkpoint_every=400, log_every=1)
+    experiment = TINY.with_(steps=200, eval_every=200, checkpoint_every=200, log_every=1)
     root, folder = tmp_path / "runs", runs.folder_of(experiment, tmp_path / "runs")
     command = [sys.executable, "-m", "repro.once", "--record", json.dumps(asked(experiment)), "--device", "cpu"]
     command += ["--runs", str(root), "--notebooks", str(notebooks)]

@@ -24,6 +24,7 @@ from repro.rerun import rerun
 from tests import small_notebooks
 from tests.small_notebooks import TINY
 
+pytestmark = pytest.mark.timeout(400)  # seconds on a core of its own, many times that on a busy machine
 KILLS = 20
 LONG = TINY.with_(steps=120, eval_every=120, checkpoint_every=10, log_every=10)
 EXPERIMENTS = [LONG, LONG.with_(seed=1), LONG.with_(method="pseudo_label")]

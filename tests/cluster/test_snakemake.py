@@ -53,14 +53,14 @@ from repro.rerun import rerun
 from tests.small_notebooks import TINY
 root, notebooks = map(Path, sys.argv[1:])
 experiments = dict.fromkeys((TINY, TINY.with_(seed=1, steps=5000, eval_every=5000, checkpoint_every=10)), ())
-rerun(plan(experiments, root), root, engine="snakemake", workers=1, device="cpu", notebooks=notebooks)
+rerun(plan(experiments, root), root, engine="snakemake", workers=2, device="cpu", notebooks=notebooks)
 """
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_stopped_batch_takes_its_jobs_along_and_goes_on_where_it_was(tmp_path, number):
-    """Only the batch itself is told: Snakemake, the runs and their kernels end with it, and nothing finished is lost."""
+    """Only the batch itself is told: Snakemake, the runs and their kernels end with it; nothing finished is lost."""
     notebooks, root = small_notebooks.training(tmp_path / "notebooks"), tmp_path / "runs"
     first, second = TINY, TINY.with_(seed=1, steps=5000, eval_every=5000, checkpoint_every=10)
     folders = [runs.folder_of(experiment, root) for experiment in (first, second)]
