@@ -98,7 +98,7 @@ def _execute(experiment, folder, data_root, device, on_step) -> dict:
         save_state(folder / "outputs.safetensors", outputs)
         with atomic_path(folder / "weights.safetensors") as part:
             state = {key: value.contiguous().cpu() for key, value in network.state_dict().items()}
-            save_file(state, part, metadata={"run": folder.name, "weights": "EMA"})
+            save_file(state, part, metadata={"run": folder.name})
         reported = summary(history, PAPERS[experiment.paper].HEADLINES[0])
         reported["last"]["ema"] = reported["last"]["ema"] | task.after(outputs)
         metrics = saved | {

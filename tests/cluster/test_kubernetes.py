@@ -82,7 +82,7 @@ def api(tmp_path, monkeypatch):
         job["process"].wait()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
 def test_runs_go_to_kubernetes_and_leave_their_results_on_the_volume(api, tmp_path):
     root, profile = tmp_path / "runs", tmp_path / "profile"

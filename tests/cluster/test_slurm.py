@@ -110,7 +110,7 @@ if seed == 1 and not marker.exists():
 """
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_runs_go_to_slurm_and_come_back_with_their_failure_classes(slurm, tmp_path, capfd):
     """Of three runs one is finished, one cancelled by the cluster and run again, and one diverges."""
     notebooks = small_notebooks.training(tmp_path / "notebooks", before=(CANCELLED_ONCE,))
