@@ -20,7 +20,8 @@ NOTE = (
     "by position, and crops on VOC are chosen with the true masks. Over-activation is a reconstruction: false over "
     "true positives. Small scales start from weights that were pretrained on single garments with blocks that mix "
     "nothing; their network has a convolutional stem and, but for AFA, a last block that mixes nothing; their learning "
-    "rate is larger. All three are deviations. No weights are averaged: EMA weights are the live ones."
+    "rate is larger, and the thresholds of their maps are lower. All of these are deviations. No weights are averaged: "
+    "EMA weights are the live ones."
 )
 METHODS = ("plain", "toco", "dupl", "afa", "pcre")
 DATA = ("scenes", "voc", "coco2014")
