@@ -8,8 +8,10 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -46,7 +48,8 @@ def api(tmp_path, monkeypatch):
                 name, (container,) = asked["metadata"]["name"], asked["spec"]["template"]["spec"]["containers"]
                 folder = tmp_path / "pods" / name
                 folder.mkdir(parents=True)
-                environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(folder)}
+                path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"  # the image's python is ours
+                environment = os.environ | {"PATH": path, "HOME": str(folder)}
                 with (folder / "pod.log").open("w") as log:
                     process = subprocess.Popen([*container["command"], *container["args"]], cwd=folder,
                                                env=environment, stdout=log, stderr=log)  # fmt: skip
