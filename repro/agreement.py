@@ -21,7 +21,7 @@ from typing import Any
 
 import pandas as pd
 
-from repro import batch, runs
+from repro import batch, committed, runs
 from repro.experiment import Experiment, run_id
 from repro.metrics import METRICS
 from repro.papers import PAPERS
@@ -104,7 +104,7 @@ def facts(metrics: Mapping[str, Any]) -> dict[str, str]:
     """What decides whether identical numbers may be expected of a run: its platform and sources, as text.
 
     metrics: of a finished run. Facts that its record does not have are absent. Of packages and data only a short digest
-    is kept: each row of the committed results repeats it, and the record of the run has the whole.
+    is kept, since the record of the run has the whole.
     """
     known = dict(metrics["provenance"]) | {"data_digest": _short(metrics.get("data_digest"))}
     if packages := known.get("packages"):
@@ -131,7 +131,7 @@ def unlike(measured: Mapping[str, str], committed: Mapping[str, str]) -> str:
 def compare(experiment: Experiment, metrics: Mapping[str, Any], committed: pd.DataFrame) -> list[Agreement]:
     """A finished run's headline metrics beside the committed ones: last evaluation, EMA weights.
 
-    metrics: of that run. committed: what `read_committed` returned.
+    metrics: of that run. committed: what `committed.load_numbers` returned.
     """
     run, final = run_id(experiment), metrics["reported"]["last"]["ema"]
     cell = committed[_like(committed, experiment)]
@@ -157,14 +157,14 @@ def compare(experiment: Experiment, metrics: Mapping[str, Any], committed: pd.Da
 
 
 def compare_all(
-    experiments: Iterable[Experiment], root: Path | None = None, committed: Path | None = None
+    experiments: Iterable[Experiment], root: Path | None = None, path: Path | None = None
 ) -> list[Agreement]:
     """`compare` for every finished run among the experiments, each run once.
 
-    root: folder of runs. committed: a CSV as the report writes it, by default the checkout's; without it, nothing is
-    compared. Raises CorruptFile for a run that was edited.
+    root: folder of runs. path: of the committed runs (`committed.save`), by default the checkout's; without it, nothing
+    is compared. Raises CorruptFile for a run that was edited.
     """
-    frame = read_committed(Path(committed or batch.COMMITTED))
+    frame = committed.load_numbers(Path(path or batch.COMMITTED))
     unique = {run_id(experiment): experiment for experiment in experiments}
     if frame.empty:
         return []
@@ -173,16 +173,6 @@ def compare_all(
         if runs.is_finished(experiment, root):
             rows += compare(experiment, runs.load_metrics(runs.folder_of(experiment, root)), frame)
     return rows
-
-
-def read_committed(path: Path) -> pd.DataFrame:
-    """Numbers of the last evaluation and EMA weights in a CSV of runs, every float as it was written; empty without."""
-    if not path.exists():
-        return pd.DataFrame(columns=["run", "metric", "value"])
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)  # a digest may be made of digits alone
-    frame = frame[(frame["rule"] == "last") & (frame["weights"] == "ema")].copy()
-    frame["value"] = [float(value or "nan") for value in frame["value"]]  # pandas' own parser may miss the last bit
-    return frame
 
 
 def summary(rows: Sequence[Agreement]) -> list[str]:

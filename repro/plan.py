@@ -21,6 +21,7 @@ import pandas as pd
 
 from repro import batch, runs
 from repro.checkpoints import CorruptFile, load_state, read_json
+from repro.committed import load_runs
 from repro.experiment import SCALES, Experiment, record, run_id
 from repro.grids import checked_seeds
 from repro.papers import PAPERS
@@ -286,10 +287,10 @@ def _scaled(like: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], time: 
 @functools.lru_cache(maxsize=4)
 def _committed(path: Path) -> pd.DataFrame:
     """The committed runs, one row each; empty where there are none."""
-    columns = ["run", "method", "data", "scale", "overrides", "train_seconds"]
-    if not Path(path).exists():
-        return pd.DataFrame(columns=columns)
-    return pd.read_csv(path, usecols=columns).drop_duplicates("run").dropna(subset="train_seconds")
+    frame = load_runs(path)
+    if frame.empty:
+        return pd.DataFrame(columns=["method", "data", "scale", "overrides", "train_seconds"])
+    return frame.assign(train_seconds=pd.to_numeric(frame["train_seconds"])).dropna(subset="train_seconds")
 
 
 @dataclass(frozen=True)

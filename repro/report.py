@@ -21,6 +21,7 @@ from repro import (
     agreement,
     batch,
     claims,
+    committed,
     exchange,
     pages,
     plan,
@@ -67,11 +68,11 @@ CONTENTS = (
 )  # fmt: skip
 
 
-def build(scale: str, seeds: Sequence[int], root: Path, committed: Path | None = None) -> Path:
+def build(scale: str, seeds: Sequence[int], root: Path, checkout: Path | None = None) -> Path:
     """Write the report of the runs and return its first page.
 
     scale, seeds: of the runs that are read. root: folder of runs; the report goes to `root/report-<scale>`.
-    committed: a checkout whose `figures/` and README block are renewed too; None leaves them alone.
+    checkout: one whose `figures/` and README block are renewed too; None leaves them alone.
     Nothing is written when no record, notebook, text or code changed since the last report.
     """
     folder = Path(root) / f"report-{scale}"
@@ -82,13 +83,12 @@ def build(scale: str, seeds: Sequence[int], root: Path, committed: Path | None =
     made.unlink(missing_ok=True)
     parts = [paper_parts(name, scale, seeds, root, folder) for name in PAPERS]
     between = across_parts(scale, seeds, root, folder)
-    experiments = [e for seed in seeds for paper in PAPERS.values() for e in paper.main_experiments(scale, (seed,))]
     write_pages(folder, scale, seeds, root, parts, between)
     write_text(folder / "results.md", results_markdown(scale, seeds, parts))
-    tables.collect(experiments, root).to_csv(folder / "runs.csv", index=False)
-    if committed is not None:
-        publish(folder, parts, committed, [figure for section in between for figure in section["figures"]])
-    write_json(made, inputs | {"committed": _digest([batch.COMMITTED])})
+    saved = committed.save(tables.collect(plan.select(scale=scale, seeds=seeds), root), folder / "runs.csv")
+    if checkout is not None:
+        publish(saved, folder, parts, checkout, [figure for section in between for figure in section["figures"]])
+    write_json(made, inputs | {"committed": _committed_digest()})
     return page
 
 
@@ -101,7 +101,7 @@ def _inputs(scale: str, seeds: Sequence[int], root: Path) -> dict:
         "runs": _times(root, f"*-{scale}-*/metrics.json"),
         "notebooks": _times(root, f"*-{scale}-*/notebook.ipynb"),
         "imported": {path.name: path.stat().st_mtime_ns for path in imported},
-        "committed": _digest([batch.COMMITTED]),
+        "committed": _committed_digest(),
         "code": runs.source_digest(),
         "texts": _digest(read),
         "seeds": list(seeds),
@@ -111,6 +111,10 @@ def _inputs(scale: str, seeds: Sequence[int], root: Path) -> dict:
 def _times(root: Path, pattern: str) -> dict[str, int]:
     """The time of each run's file by run."""
     return {path.parent.name: path.stat().st_mtime_ns for path in sorted(Path(root).glob(pattern))}
+
+
+def _committed_digest() -> str:
+    return _digest([batch.COMMITTED, committed.numbers_of(batch.COMMITTED)])
 
 
 def _digest(paths: Iterable[Path]) -> str:
@@ -460,16 +464,18 @@ def claims_markdown(part: dict) -> str:
     return tables.to_markdown(frame) + f"\nVerdicts hold {part['scope']} only.\n"
 
 
-def publish(folder: Path, parts: list[dict], checkout: Path, further: Sequence[dict] = ()) -> None:
-    """Renew the committed figures, `figures/results.md`, `figures/runs.csv` and the README's result block.
+def publish(
+    saved: Sequence[Path], folder: Path, parts: list[dict], checkout: Path, further: Sequence[dict] = ()
+) -> None:
+    """Renew a checkout's figures, `figures/results.md`, files of runs and the README's result block.
 
-    further: figures of no paper.
+    saved: the files of runs. further: figures of no paper.
     """
     target = checkout / "figures"
     target.mkdir(exist_ok=True)
     sources = [figure["path"] for part in parts for figure in part["figures"]]
     sources += [figure["path"] for figure in further]
-    for source in (*sources, folder / "results.md", folder / "runs.csv"):
+    for source in (*sources, folder / "results.md", *saved):
         with atomic_path(target / source.name) as part:
             part.write_bytes(source.read_bytes())
     readme = checkout / "README.md"

@@ -9,9 +9,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import pandas as pd
-
-from repro import agreement, plan, report, runs
+from repro import agreement, committed, plan, report, runs
 from repro.batch import COMMITTED, Outcome, run_all
 from repro.claims import MINIMUM_SEEDS
 from repro.experiment import SCALES, Experiment
@@ -77,9 +75,9 @@ def left_out(experiments: Collection[Experiment], scale: str, seeds: Sequence[in
 
 def committed_seeds(scale: str) -> int:
     """How many seeds the committed results of a scale have; 0 without any."""
-    if not COMMITTED.exists():
+    frame = committed.load_runs(COMMITTED)
+    if frame.empty:
         return 0
-    frame = pd.read_csv(COMMITTED)
     return int(frame.loc[frame["scale"] == scale, "seed"].nunique())
 
 

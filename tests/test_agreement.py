@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from repro import agreement, tables
+from repro import committed as committed_files
 from repro.agreement import ABSENT, DIFFERS, IDENTICAL, WITHIN, compare_all, facts, tolerance, unlike, verdict
 from repro.checkpoints import read_json, write_json
 from repro.experiment import Experiment
@@ -38,7 +39,7 @@ def committed(tmp_path):
         experiments = [FIXMATCH.with_(seed=seed) for seed in seeds]
         for experiment in experiments:
             run(root, experiment, known, **{"error": ERRORS[experiment.seed]} | ema)
-        tables.collect(experiments, root).to_csv(path, index=False)
+        committed_files.save(tables.collect(experiments, root), path)
         return path
 
     return commit
@@ -117,7 +118,7 @@ def test_any_other_or_unknown_fact_means_elsewhere(tmp_path, committed, change, 
 
 
 def test_facts_of_a_digest_of_digits_survive_the_file(tmp_path, committed):
-    frame = agreement.read_committed(committed())
+    frame = committed_files.load_numbers(committed())
     assert set(frame["source_digest"]) == {PLATFORM["source_digest"]}
     assert unlike(facts(run(tmp_path / "mine")), {}) == "unknown " + ", ".join(agreement.FACTS).replace("_", " ")
 

@@ -213,8 +213,8 @@ def test_time_comes_from_the_same_recipe_then_from_images_a_second(tmp_path):
 def test_without_runs_here_time_comes_from_committed_ones_and_else_is_a_guess(tmp_path, monkeypatch):
     assert (planned(FIXMATCH, tmp_path).seconds, planned(FIXMATCH, tmp_path).rate) == (batch.UNKNOWN_SECONDS, "guess")
     assert planned(FIXMATCH.with_(scale="tiny"), tmp_path).seconds == batch.TINY_SECONDS
-    rows = ["run,method,data,scale,overrides,train_seconds,metric"]
-    rows += [f'{run},fixmatch,fashion,mini,"{changed}",{seconds},{metric}' for metric in ("error", "nll")
+    rows = ["run,method,data,scale,overrides,train_seconds"]
+    rows += [f'{run},fixmatch,fashion,mini,"{changed}",{seconds}'
              for run, changed, seconds in (("a", "{}", 40), ("b", "{}", 50), ("c", '{""lr"": 0.1}', 90))]  # fmt: skip
     (tmp_path / "runs.csv").write_text("\n".join(rows))
     monkeypatch.setattr(batch, "COMMITTED", tmp_path / "runs.csv")

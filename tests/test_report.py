@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from repro import agreement, batch, exchange, pages, report, runs
+from repro.committed import numbers_of, save
 from repro.experiment import Experiment
 from repro.papers import PAPERS, commatch, csl, pcre, trust_region
 from tests.fake_mask_runs import write_mask_run
@@ -57,8 +58,9 @@ def built(tmp_path_factory):
     exchange.export(folder / "theirs.csv", theirs, label="them")
     exchange.bring_in(folder / "theirs.csv", "elsewhere", root)
     committed = folder / "committed.csv"
-    report.tables.collect(commatch.main_experiments("mini", (0,)), root).to_csv(committed, index=False)
-    committed.write_text(committed.read_text().replace(",0.25,", ",0.75,", 2))
+    save(report.tables.collect(commatch.main_experiments("mini", (0,)), root), committed)
+    numbers = numbers_of(committed)  # the first number is of a last evaluation with EMA weights
+    numbers.write_text(numbers.read_text().replace(",0.25,", ",0.75,", 1))
     with pytest.MonkeyPatch.context() as patch:
         leave_out(patch, committed)
         return report.build("mini", (0,), root).parent
@@ -339,7 +341,8 @@ def test_a_checkout_gets_the_first_measured_table_and_the_claims(root, tmp_path)
     assert "| mIoU by number of masks | mIoU (%) | pixel accuracy (%) |" in table and "published" not in table
     assert "| CSL | 62.50 (n = 1) |" in table and "output stride 8" not in table
     assert {path.name for path in (checkout / "figures").iterdir()} == {
-        "results.md", "runs.csv", *(f"{name}_{key}.png" for name in ("commatch", "csl") for key in ("main", "empty")),
+        "results.md", "runs.csv", "runs_numbers.csv",
+        *(f"{name}_{key}.png" for name in ("commatch", "csl") for key in ("main", "empty")),
     }  # fmt: skip
     results = (checkout / "figures" / "results.md").read_text()
     assert "### mIoU by number of masks — Fashion scenes, 20 masks" in results and "ResNet-101 (deep stem" in results
@@ -356,7 +359,7 @@ def test_nothing_is_written_twice(root, monkeypatch):
     assert written() == before
     write_mask_run(csl.main_experiments("mini", (1,))[0], root, figures=False)
     assert (after := written()) != before
-    batch.COMMITTED.write_text("run,rule,weights,metric,value\n")  # agreement is part of the pages
+    batch.COMMITTED.write_text("run\n")  # agreement is part of the pages
     assert (later := written()) != after
     monkeypatch.setattr(report.runs, "source_digest", lambda: "changed")  # a plot, say
     assert written() != later

@@ -2,9 +2,10 @@
 
 import shlex
 
+import pandas as pd
 import pytest
 
-from repro import agreement, batch, plan, reproduce, runs, tables
+from repro import agreement, batch, committed, plan, reproduce, runs, tables
 from repro.__main__ import parser
 from repro.batch import Outcome
 from repro.experiment import run_id
@@ -48,7 +49,7 @@ def commit(path, root, seeds):
     experiments = plan.select(main=True, seeds=seeds)
     for experiment in experiments:
         write_run(experiment, root, error=0.25 + experiment.seed / 100, miou=0.5, cam_miou=0.5, potts_energy=3.0)
-    tables.collect(experiments, root).to_csv(path, index=False)
+    committed.save(tables.collect(experiments, root), path)
 
 
 def test_one_seed_of_every_papers_main_job_by_default(job, tmp_path, capsys):
@@ -71,8 +72,10 @@ def test_agreement_is_told_as_it_was_before_the_report_renewed_what_is_committed
 
 def test_a_disagreement_is_told_and_changes_no_status(job, tmp_path, capsys, monkeypatch):
     commit(tmp_path / "committed.csv", tmp_path / "theirs", (0,))
-    text = (tmp_path / "committed.csv").read_text()
-    (tmp_path / "committed.csv").write_text(text.replace(",error,0.25,", ",error,0.5,").replace("2026-01", "2025-01"))
+    runs_file, numbers_file = tmp_path / "committed.csv", tmp_path / "committed_numbers.csv"
+    runs_file.write_text(runs_file.read_text().replace("2026-01", "2025-01"))
+    frame = pd.read_csv(numbers_file, dtype=str, keep_default_na=False)
+    frame.assign(error=frame["error"].replace("0.25", "0.5")).to_csv(numbers_file, index=False)
     assert reproduce.reproduce(root=tmp_path / "mine") == 0
     out = capsys.readouterr().out
     assert "differs: supervised on fashion, 100 labels, seed 0: error (%) 25.00, committed 50.00, tolerance 5.00" in out
