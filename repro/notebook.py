@@ -16,16 +16,17 @@ from IPython import get_ipython
 from IPython.display import HTML, Code, DisplayHandle, Markdown, display
 from pandas.io.formats.style import Styler
 
-from repro import batch, claims, plots, report, runs, tables
+from repro import batch, claims, report, runs, tables
 from repro.experiment import SCALES, Experiment, resolve
 from repro.grids import Row, Table, place
 from repro.methods.few_labels import METHODS
 from repro.metrics import METRICS
 from repro.papers import PAPERS
-from repro.plots_plane import classes_of
+from repro.plots.common import loss_curves, table_points
+from repro.plots.plane import classes_of
+from repro.plots.style import label_of
 from repro.progress import StepBar, is_watched
 from repro.settings import SettingError, describe, unknown
-from repro.style import label_of
 
 REDRAW_SECONDS = 3.0
 
@@ -223,7 +224,7 @@ def train(experiment: Experiment, asked: Asked) -> pd.DataFrame:
         nonlocal drawn
         bar(done, total, row)
         if is_watched() and (done == total or time.monotonic() - drawn > REDRAW_SECONDS):
-            (live.update if drawn > 0 else live.display)(plots.loss_curves(experiment, asked.root))
+            (live.update if drawn > 0 else live.display)(loss_curves(experiment, asked.root))
             drawn = time.monotonic()
 
     metrics = runs.execute(experiment, asked.root, data_root=asked.data_root, device=asked.device, on_step=on_step)
@@ -384,7 +385,7 @@ def show_ablations(asked: AskedTables) -> None:
     others = []
     for table in asked.module.ABLATIONS.values():
         if (tables.compare(table, *asked.how).groupby("row")["n"].max() > 0).sum() > 1:
-            display(plots.table_points(table, *asked.how, metrics=asked.module.HEADLINES))
+            display(table_points(table, *asked.how, metrics=asked.module.HEADLINES))
         else:
             others.append(table.title)
     if others:

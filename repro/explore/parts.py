@@ -1,0 +1,130 @@
+"""What explorers share: controls over numbers and a picture, the figure in their place, tables, tiles and keys."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from repro.plots.style import INK, Drawing, themed, to_png
+
+
+class Panel(widgets.VBox):
+    """Controls above numbers and a picture, both HTML. An explorer says how they are made in `update` and `still`.
+
+    title: plain text. controls: by name; each move of one calls `update`. below: widgets under them that do not.
+    """
+
+    def __init__(self, title: str, controls: dict[str, widgets.Widget], below: Iterable[widgets.Widget] = ()) -> None:
+        self.controls, self.numbers, self.picture = controls, widgets.HTML(), widgets.HTML()
+        for control in controls.values():
+            control.observe(lambda _: self.update(), "value")
+        parts = [widgets.HTML(f"<b>{title}</b>"), columns(controls.values()), *below, self.numbers, self.picture]
+        super().__init__(parts)
+        self.update()
+
+    def update(self) -> None:
+        """Fill `numbers` and `picture` for where the controls stand."""
+        raise NotImplementedError(f"{type(self).__name__} does not define update()")
+
+    def still(self) -> Figure:
+        """The figure at the starting position."""
+        raise NotImplementedError(f"{type(self).__name__} does not define still()")
+
+    def _repr_mimebundle_(self, **options) -> dict:
+        """The widget, and for readers without a kernel (an exported page) the figure."""
+        bundle = super()._repr_mimebundle_(**options)
+        return bundle | {"image/png": base64.b64encode(to_png(self.still())).decode()}
+
+
+def look(description: str) -> dict:
+    """Width and label of a slider."""
+    return {"description": description, "layout": {"width": "440px"}, "style": {"description_width": "160px"}}
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as PNG, written for speed."""
+    file = io.BytesIO()
+    picture.save(file, "png", compress_level=1)
+    return file.getvalue()
+
+
+def columns(parts: Iterable[widgets.Widget]) -> widgets.GridBox:
+    """Widgets in two columns, row by row."""
+    return widgets.GridBox(list(parts), layout={"grid_template_columns": "repeat(2, 450px)"})
+
+
+def slider(description: str, options: list, value: Any, continuous: bool = True) -> widgets.SelectionSlider:
+    """A slider over given values. continuous: whether it tells of every value that it is dragged over."""
+    return widgets.SelectionSlider(options=options, value=value, continuous_update=continuous, **look(description))
+
+
+def buttons(description: str, options: dict[str, Any], value: Any) -> widgets.ToggleButtons:
+    """One button for each option, by name, of which one is down."""
+    narrow = {"button_width": "auto", "description_width": "160px"}
+    return widgets.ToggleButtons(options=options, value=value, description=description, style=narrow)
+
+
+def html_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells under their names, to the right."""
+    looks = 'style="text-align:right;padding:2px 12px"'
+    lines = ["".join(f'<th scope="col" {looks}>{name}</th>' for name in names)]
+    lines += ["".join(f"<td {looks}>{cell}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+@themed
+def sheet(title: str, picture: Image.Image, words: str) -> Figure:
+    """A picture with words in a fixed font below it, under a title: what an exported page shows."""
+    head, wide, high = 0.62, picture.width / 100, picture.height / 100
+    below = 0.13 * (words.count("\n") + 1) + 0.15
+    total = head + high + below
+    figure = Drawing(figsize=(wide, total))
+    figure.suptitle(title, y=1 - 0.08 / total, va="top")
+    axes = figure.add_axes((0, below / total, 1, high / total))
+    axes.imshow(picture, interpolation="bilinear")
+    axes.set_axis_off()
+    looks = {"family": "DejaVu Sans Mono", "fontsize": 7, "ha": "center", "va": "top"}
+    figure.text(0.5, (below - 0.08) / total, words, **looks)
+    return figure
+
+
+def fitted(shape: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height in pixels of an image of (H, W) whose longer side becomes `side`."""
+    high, wide = (max(1, round(side * length / max(shape))) for length in shape)
+    return wide, high
+
+
+def smooth(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels (H, W, 3 or 1) in 0..255, blended to a size (width, height), as (height, width, 3) uint8."""
+    values = np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8)
+    return np.array(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
+
+
+def nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Labels (H, W) uint8 or bool at the nearest pixels of a size (width, height), as (height, width) of their type."""
+    picture = Image.fromarray(labels.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    return np.array(picture).astype(labels.dtype)
+
+
+def write_key(
+    pen: ImageDraw.ImageDraw, entries: Iterable[tuple[str, Any]], box: tuple[int, int, int], font: Any, row: int = 17
+) -> int:
+    """Words beside patches of their colours, line by line; returns the height that they took, pixels.
+
+    box: left, top, right; a line that would pass the right end goes on below.
+    """
+    left, top, right = box
+    x, y = left, top
+    for words, colour in entries:
+        wide = 19 + pen.textlength(words, font) + 14
+        if x > left and x + wide > right:
+            x, y = left, y + row
+        pen.rectangle((x, y + 1, x + 14, y + 12), colour, "#808080")
+        pen.text((x + 19, y), words, INK, font)
+        x += wide
+    return y + row - top

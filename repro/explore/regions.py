@@ -1,0 +1,566 @@
+"""The region explorer: a class activation map, the labels cut from it, and PCRE's region grown from its seeds.
+
+`load_saved`, `view` and `table_rows` are pure functions, with no widget in them; seeds, expansion sets and regions come
+from `methods.image_tags.regions`, labels from `cam`. `explore` puts controls around them; where nobody watches it
+returns a figure. Of the arrays that a run saves, masks and confidences are read at scale 1, from one pass.
+"""
+
+import base64
+import dataclasses
+import itertools
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from repro.cam import cam_labels, min_max, over_activation, widened
+from repro.data.masks import IGNORE
+from repro.experiment import Experiment, TagRecipe, resolve, scales_of
+from repro.explore.parts import look
+from repro.explore.weights import embedded, outline
+from repro.methods.image_tags import losses
+from repro.methods.image_tags.maxima import region_masks
+from repro.methods.image_tags.regions import Pairs, Regions, by_class, candidates, gate, grow, shown_classes
+from repro.plots.plane import class_colours, classes_of
+from repro.plots.style import INK, Drawing, label_of, message, style_of, themed, to_png, where
+from repro.progress import is_watched
+from repro.runs import folder_of, is_finished, load_outputs
+from repro.segmentation import confusion, iou
+
+SOURCES = {"main": "CAM", "auxiliary": "auxiliary CAM", "gradcam": "Grad-CAM", "rollout": "attention rollout"}
+RADII = (0, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)  # patches
+LAYERS = ("main", "auxiliary")
+MOST_ROUNDS = 10
+TITLE = "What a map lights up, and how a region grows"
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What the explorer reads of a run: its first E test images, C classes without the background.
+
+    images: (E, 3, H, W) uint8. truth: (E, H, W) uint8, for the report alone. tags: (E, C) uint8.
+    scales: of the maps in cam (E, 2, Sc, C, H, W): main and auxiliary, rectified, of each scale, not normalised.
+    gradcam: (E, C, H, W) and rollout: (E, H, W), both in [0, 1].
+    classes: K names, background first. recipe, method: of the run. title: its name.
+    confidence: S (E, N, C), masks: M (E, N, h, w), no gate; None for a method that has none.
+    """
+
+    images: Tensor
+    truth: Tensor
+    tags: Tensor
+    scales: tuple[float, ...]
+    cam: Tensor
+    gradcam: Tensor
+    rollout: Tensor
+    classes: tuple[str, ...]
+    recipe: TagRecipe
+    title: str
+    method: str = "pcre"
+    confidence: Tensor | None = None
+    masks: Tensor | None = None
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether the run keeps what regions are grown from."""
+        return self.masks is not None and self.confidence is not None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), of the patches that the masks belong to."""
+        return tuple(self.masks.shape[2:])
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Image and class, both from 0, of every tag."""
+        return [tuple(pair) for pair in self.tags.nonzero().tolist()]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the controls stand.
+
+    pair: image and class, of `Saved.pairs`. source: of SOURCES. scales: those summed, for the two CAMs; at least one.
+    beta: background threshold. threshold: tau_bin. radius: of the gate in patches, inf for the whole grid. rounds: T.
+    share: alpha, of the region in the fused map.
+    """
+
+    pair: tuple[int, int]
+    source: str = "main"
+    scales: tuple[float, ...] = (1.0,)
+    beta: float = 0.5
+    threshold: float = 0.7
+    radius: float = math.inf
+    rounds: int = 5
+    share: float = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class Grown:
+    """The region of the position's class, and the map it is mixed into.
+
+    region: m_r (H, W). region_label: (H, W), labels at beta of all regions, normalised as maps are.
+    fused: (C, H, W) in [0, 1]; label: (H, W), of it at beta. listed: (N,) bool, the candidates.
+    seeds: (T,) patches, -1 where a round found none. joins: (T, N) bool, each round's group, its seed included.
+    """
+
+    region: Tensor
+    region_label: Tensor
+    fused: Tensor
+    label: Tensor
+    listed: Tensor
+    seeds: Tensor
+    joins: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What is seen at a position: the map (C, H, W) in [0, 1], zeros for classes without a tag; its labels (H, W) at
+    beta; the region, None for a run that keeps no masks."""
+
+    cam: Tensor
+    label: Tensor
+    grown: Grown | None
+
+
+def load_saved(experiment: Experiment, root: Path | None = None) -> Saved | None:
+    """Read a finished run; None for one that kept no maps of single scales, or no tag. Raises CorruptFile."""
+    outputs = load_outputs(folder_of(experiment, root))
+    count = len(outputs.get("explore_cam", ()))
+    if not count or not outputs["test_tags"][:count].any():
+        return None
+    images, truth, tags = (outputs[f"test_{name}"][:count] for name in ("images", "truth", "tags"))
+    maps = (outputs[f"explore_{name}"] for name in ("cam", "gradcam", "rollout"))
+    regions = (outputs.get(f"explore_{name}") for name in ("confidence", "masks"))
+    scales, title = tuple(outputs["explore_scales"].tolist()), f"{label_of(experiment)}, {where([experiment])}"
+    names = classes_of(experiment.data), resolve(experiment), title, experiment.method
+    return Saved(images, truth, tags, scales, *maps, *names, *regions)
+
+
+def starting(saved: Saved) -> Position:
+    """The first tag of the first image, as the run itself evaluates it: its scales, beta and rules, without a gate."""
+    scales = tuple(scale for scale in saved.scales if scale in saved.recipe.scales) or saved.scales
+    start = Position(saved.pairs[0], scales=scales, beta=saved.recipe.beta)
+    if not saved.has_regions:
+        return start
+    own = saved.recipe.method
+    return dataclasses.replace(start, threshold=own.tau, rounds=own.rounds, share=own.fusion)
+
+
+# What is computed
+
+
+def activation(saved: Saved, at: Position) -> tuple[Tensor, Tensor]:
+    """The chosen map (1, C, H, W) in [0, 1] of every class in the tags (1, C), which come with it; zeros elsewhere.
+
+    A CAM is the sum over the chosen scales, normalised for each class. The rollout knows no class: it stands for the
+    chosen one, alone.
+    """
+    image, channel = at.pair
+    tags = saved.tags[image : image + 1]
+    shown = tags[0].nonzero()[:, 0]
+    if at.source == "rollout":
+        tags = torch.zeros_like(tags)
+        tags[0, channel], shown = 1, [channel]
+        found = widened(saved.rollout[image])[None]
+    elif at.source == "gradcam":
+        found = widened(saved.gradcam[image][shown])
+    else:
+        layer = saved.cam[image, LAYERS.index(at.source)]
+        found = min_max(sum(widened(layer[saved.scales.index(scale)][shown]) for scale in at.scales))
+    maps = found.new_zeros(1, tags.shape[1], *found.shape[1:])
+    maps[0, shown] = found
+    return maps, tags
+
+
+def regions_at(saved: Saved, at: Position) -> tuple[Pairs, Regions]:
+    """`regions.refined_regions` of the position's image: the run's rules with the position's tau_bin, T and gate."""
+    image = slice(at.pair[0], at.pair[0] + 1)
+    rules = dataclasses.replace(saved.recipe.method.expansion, threshold=at.threshold, rounds=at.rounds)
+    masks = gate(widened(saved.masks[image]), None if math.isinf(at.radius) else at.radius)
+    pairs = shown_classes(saved.tags[image], int(saved.tags[image].sum()))
+    rank = candidates(saved.confidence[image], pairs, rules.limit, rules.ranking)
+    growth = grow(masks, rank, rules)
+    joined = growth.joins.any(2)
+    # other masks change nothing, but resizing all of them is most of the work on large images
+    read = joined[0].any(0)
+    read[0] = True  # one at least
+    grown = region_masks(masks[:, read], joined[:, :, read], tuple(saved.truth.shape[1:]), rules.resize)
+    return pairs, Regions(grown, growth.seeds[:, :, 0] >= 0, rank, growth)
+
+
+def view(saved: Saved, at: Position) -> View:
+    """All that is shown at a position."""
+    cam, tags = activation(saved, at)
+    label = cam_labels(cam, tags, at.beta)[0]
+    if not saved.has_regions:
+        return View(cam[0], label, None)
+    pairs, regions = regions_at(saved, at)
+    normal = min_max(by_class(regions.masks, pairs, cam.shape[1]))
+    fused = losses.fused(cam, normal, at.share)
+    own, both = (cam_labels(maps, tags, at.beta)[0] for maps in (normal, fused))
+    place = pairs.classes[0].tolist().index(at.pair[1])
+    rank, growth = regions.rank[0, place], regions.growth
+    grown = (rank < len(rank), growth.seeds[0, place], growth.joins[0, place])
+    return View(cam[0], label, Grown(regions.masks[0, place], own, fused[0], both, *grown))
+
+
+def measure(label: Tensor, truth: Tensor, channel: int, classes: int) -> dict[str, float]:
+    """How well labels fit one class: iou, recall, precision, and over-activation FP / TP; NaN where not defined.
+
+    label, truth: (H, W); pixels of unknown truth count for nothing. channel: the class, from 0. classes: K.
+    """
+    counts = confusion(truth[None], label[None], classes)[0]
+    spilled, own = over_activation(counts), channel + 1
+    recall = counts[own, own].double() / counts[own].sum()
+    values = {"iou": iou(counts)[own], "recall": recall, "precision": 1 - spilled.share[own]}
+    return {name: float(value) for name, value in (values | {"over": spilled.ratio[own]}).items()}
+
+
+# What is shown
+
+COLUMNS = ("labels of", "IoU", "found, of the class", "right, of labelled", "over-activation, FP / TP")
+
+
+def name_of(at: Position) -> str:
+    """`CAM, scales 0.5 + 1`."""
+    scales = ", scale" + "s"[: len(at.scales) > 1] + " " + " + ".join(f"{scale:g}" for scale in at.scales)
+    return SOURCES[at.source] + (scales if at.source in LAYERS else "")
+
+
+def table_rows(saved: Saved, at: Position, seen: View | None = None) -> list[tuple[str, ...]]:
+    """Fit of the labels at beta to the position's class, as text under COLUMNS: of the map, the region, both fused."""
+    seen, (image, channel) = seen or view(saved, at), at.pair
+    labels = {name_of(at): seen.label}
+    if seen.grown is not None:
+        labels |= {"region m_r, normalised": seen.grown.region_label, fused_name(at): seen.grown.label}
+    rows = []
+    for name, label in labels.items():
+        values = measure(label, saved.truth[image], channel, len(saved.classes))
+        ratio = values.pop("over")
+        shares = (percent(value) for value in values.values())
+        rows.append((name, *shares, f"{ratio:.2f}" if math.isfinite(ratio) else "-"))
+    return rows
+
+
+def percent(value: float) -> str:
+    """`61.3 %`, a dash where it is not defined."""
+    return f"{100 * value:.1f} %" if math.isfinite(value) else "-"
+
+
+def fused_name(at: Position) -> str:
+    """`fused: 0.7 CAM + 0.3 region`."""
+    return f"fused: {1 - at.share:.2g} {SOURCES[at.source]} + {at.share:.2g} region"
+
+
+def heading(saved: Saved, at: Position, seen: View | None = None) -> str:
+    """Which image and class, what grew or why nothing did, and what a reader has to know of the map and of the run."""
+    (image, channel), own = at.pair, saved.recipe.method
+    others = [saved.classes[1 + other] for other in saved.tags[image].nonzero()[:, 0].tolist() if other != channel]
+    said = f"Test image {image}, {saved.classes[1 + channel]}" + f" (beside {', '.join(others)})" * bool(others)
+    if at.source == "rollout":
+        said += "; the rollout knows no class and is read as this one"
+    if not saved.has_regions:
+        why = "they need PCRE's confidences and masks, and this run of"
+        return f"{said}. No seeds, region or fused map: {why} {style_of(saved.method).title} keeps none."
+    said = f"{said}. {growth_of((seen or view(saved, at)).grown)}"
+    if not own.expand:
+        said += " The run's expansion is off: T does nothing."
+    scales = ", ".join(f"{scale:g}" for scale in scales_of(own.mask_scales or saved.recipe.cam_scales))
+    return f"{said} Masks are of scale 1; the run mixes in those of scales {scales} and mirror images, without a gate."
+
+
+def growth_of(grown: Grown) -> str:
+    """`2 seeds; 7 of 31 candidates are in the region, of 256 patches.`"""
+    seeds, listed, patches = int((grown.seeds >= 0).sum()), int(grown.listed.sum()), len(grown.listed)
+    if not seeds:
+        return f"No candidate among {patches} patches: the region is empty, and the fused map is the map itself."
+    joined = int(grown.joins.any(0).sum())
+    return f"{seeds} seed{'s'[: seeds > 1]}; {joined} of {listed} candidates are in the region, of {patches} patches."
+
+
+def text(saved: Saved, at: Position) -> str:
+    """The numbers as plain text."""
+    seen = view(saved, at)
+    rows = (COLUMNS, *table_rows(saved, at, seen))
+    lines = ["".join((f"{row[0]:<42}", *(f"{cell:>21}" for cell in row[1:4]), f"{row[4]:>27}")) for row in rows]
+    return "\n".join((*textwrap.wrap(heading(saved, at, seen), 130), "", *lines))
+
+
+def html(saved: Saved, at: Position, seen: View | None = None) -> str:
+    """The numbers as an HTML table."""
+    seen = seen or view(saved, at)
+    looks = 'style="text-align:right;padding:2px 14px"'
+    lines = ["".join(f'<th scope="col" {looks}>{name}</th>' for name in COLUMNS)]
+    lines += ["".join(f"<td {looks}>{value}</td>" for value in row) for row in table_rows(saved, at, seen)]
+    return f"{heading(saved, at, seen)}<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+WIDTH, LEFT, TOP, TILE, STEP, ROW, FOOT, KEY = 900, 10, 24, 208, 224, 236, 44, 447  # of picture, tiles and key, pixels
+HEAT, ROUNDS = (mpl.colormaps[name] for name in ("inferno", "viridis"))
+HEATS = (255 * HEAT(np.arange(256))[:, :3]).round().astype(np.uint8)
+TRUE, CUT, PALE = (0, 220, 220), (255, 255, 255), (48, 48, 48, 70)  # outlines: truth, values above beta; candidates
+STRONG, FADED = 0.65, 0.35  # of a map's colour over the image; of the image under patches
+
+
+class Canvas:
+    """Draws one run at a position. Tiles: image, map, labels, truth; growth, region, fused map, its labels."""
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved = saved
+        self.font, self.small = ImageFont.load_default(12), ImageFont.load_default(11)
+        self.colours = (255 * class_colours(len(saved.classes))).round().astype(np.uint8)
+        self.height = TOP + (2 if saved.has_regions else 1) * ROW + FOOT - 20
+
+    def draw(self, at: Position, seen: View | None = None) -> Image.Image:
+        """The picture, RGB. seen: what `view` returns, if it is at hand."""
+        seen = seen or view(self.saved, at)
+        picture = Image.new("RGB", (WIDTH, self.height), "white")
+        pen = ImageDraw.Draw(picture)
+        for number, (words, tile) in enumerate(self.tiles(at, seen)):
+            x, y = LEFT + number % 4 * STEP, TOP + number // 4 * ROW
+            pen.text((x, y - 17), words, INK, self.small)
+            picture.paste(tile, (x, y))
+        self._key(picture, pen, at)
+        return picture
+
+    def tiles(self, at: Position, seen: View) -> list[tuple[str, Image.Image]]:
+        """Title and picture of every tile, row by row."""
+        (image, channel), names = at.pair, self.saved.classes
+        truth = self.saved.truth[image]
+        pixels, own = self.saved.images[image].permute(1, 2, 0).numpy(), enlarged(truth == channel + 1)
+
+        def fit(label: Tensor) -> str:
+            return percent(measure(label, truth, channel, len(names))["iou"])
+
+        tiles = [
+            (f"Test image {image}", smooth(pixels)),
+            (capital(name_of(at)), heat(pixels, seen.cam[channel], own, at.beta)),
+            (f"Its labels, beta = {at.beta:g}: IoU {fit(seen.label)}", self.flat(seen.label, own)),
+            (f"Truth (report only): {names[channel + 1]}", self.flat(truth, own)),
+        ]
+        if seen.grown is not None:
+            grown, gated = seen.grown, "no gate" if math.isinf(at.radius) else f"r = {at.radius:.3g}"
+            tiles += [
+                (f"Seeds, and what joined; T = {at.rounds}", self.patches(pixels, grown, own, at)),
+                (f"Region m_r; tau_bin = {at.threshold:g}, {gated}", heat(pixels, grown.region, own)),
+                (capital(fused_name(at)), heat(pixels, grown.fused[channel], own, at.beta)),
+                (f"Its labels, beta = {at.beta:g}: IoU {fit(grown.label)}", self.flat(grown.label, own)),
+            ]
+        return tiles
+
+    def flat(self, label: Tensor, own: np.ndarray) -> Image.Image:
+        """A label map (H, W) in the colours of its classes, and the outline of the true class."""
+        tile = self.colours[enlarged(label)]
+        tile[thick(own)] = TRUE
+        return Image.fromarray(tile)
+
+    def patches(self, pixels: np.ndarray, grown: Grown, own: np.ndarray, at: Position) -> Image.Image:
+        """Patches in the colour of the round that they first joined in, other candidates pale; seeds with the number of
+        their round and, where there is a gate, its disc."""
+        grid, colours = self.saved.grid, round_colours(len(grown.seeds))
+        cells = np.zeros((len(grown.listed), 4), np.uint8)
+        cells[grown.listed.numpy()] = PALE
+        for colour, group in reversed(list(zip(colours, grown.joins.numpy(), strict=True))):
+            cells[group] = (*colour, 190)
+        picture = smooth(FADED * grey(pixels) + (1 - FADED) * 255).convert("RGBA")
+        layer = Image.fromarray(cells.reshape(*grid, 4)).resize((TILE, TILE), Image.Resampling.NEAREST)
+        picture.alpha_composite(layer)
+        tile = np.array(picture.convert("RGB"))
+        tile[thick(own)] = TRUE
+        picture = Image.fromarray(tile)
+        pen, (down, across) = ImageDraw.Draw(picture), (TILE / side for side in grid)
+        for number, (seed, colour) in enumerate(zip(grown.seeds.tolist(), colours, strict=True), 1):
+            if seed < 0:
+                break  # rounds that follow one without a seed have none
+            x, y = (seed % grid[1] + 0.5) * across, (seed // grid[1] + 0.5) * down
+            if not math.isinf(at.radius):
+                wide, high = (at.radius + 0.5) * across, (at.radius + 0.5) * down
+                pen.ellipse((x - wide, y - high, x + wide, y + high), None, colour, 2)
+            inside = tuple(min(max(place, 8), TILE - 8) for place in (x, y))
+            pen.text(inside, str(number), "white", self.font, anchor="mm", stroke_width=2, stroke_fill="black")
+        return picture
+
+    def _key(self, picture: Image.Image, pen: ImageDraw.ImageDraw, at: Position) -> None:
+        """What colours and lines mean, below the tiles."""
+        x, y = LEFT, self.height - FOOT
+
+        def entry(words: str, colour: tuple[int, ...], line: bool = False) -> None:
+            nonlocal x
+            pen.rectangle((x, y + (5 if line else 1), x + 14, y + (8 if line else 12)), colour, "#808080")
+            pen.text((x + 19, y), words, INK, self.small)
+            x += int(pen.textlength(words, self.small)) + 34
+
+        pen.text((x, y), "0", INK, self.small)
+        picture.paste(Image.fromarray(np.broadcast_to(HEATS[None, ::2], (12, 128, 3)).copy()), (x + 10, y + 1))
+        pen.text((x + 142, y), "1", INK, self.small)
+        x += 164
+        entry("outline of the true class", TRUE, line=True)
+        entry("map above beta", CUT, line=True)
+        if self.saved.has_regions:
+            entry("candidate that did not join", (165,) * 3)
+        x, y = LEFT, y + 20
+        known = self.saved.truth[at.pair[0]] != IGNORE
+        shown = [0, *(1 + self.saved.tags[at.pair[0]].nonzero()[:, 0]).tolist()] + [IGNORE] * (not bool(known.all()))
+        for label in shown:
+            entry("unknown" if label == IGNORE else self.saved.classes[label], tuple(self.colours[label].tolist()))
+        x = max(x, KEY)
+        for number, colour in enumerate(round_colours(at.rounds) if self.saved.has_regions else (), 1):
+            entry(f"round {number}" if number == 1 else str(number), colour)
+
+
+def heat(pixels: np.ndarray, values: Tensor, own: np.ndarray, beta: float | None = None) -> Image.Image:
+    """A map (H, W) in [0, 1] over the grey image, the outline of the true class, and that of values above beta."""
+    colours = HEATS[(255 * values.clamp(0, 1)).round().byte().numpy()]
+    tile = np.array(smooth(STRONG * colours + (1 - STRONG) * grey(pixels)))
+    if beta is not None:
+        tile[outline(enlarged(values > beta))] = CUT
+    tile[thick(own)] = TRUE
+    return Image.fromarray(tile)
+
+
+def round_colours(rounds: int) -> list[tuple[int, ...]]:
+    """A colour for each round, the first dark."""
+    return [tuple((255 * np.array(ROUNDS(at)[:3])).astype(int).tolist()) for at in np.linspace(0.1, 0.95, rounds)]
+
+
+def grey(pixels: np.ndarray) -> np.ndarray:
+    """The mean of the colours (H, W, 3), as (H, W, 1)."""
+    return pixels.mean(2, keepdims=True)
+
+
+def smooth(pixels: np.ndarray) -> Image.Image:
+    """Pixels (H, W, 3) in 0..255, as large as a tile."""
+    values = np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8)
+    return Image.fromarray(values).resize((TILE, TILE), Image.Resampling.BILINEAR)
+
+
+def enlarged(label: Tensor) -> np.ndarray:
+    """Labels (H, W), or bool, at the nearest pixels of a tile."""
+    picture = Image.fromarray(label.byte().numpy()).resize((TILE, TILE), Image.Resampling.NEAREST)
+    return np.asarray(picture).astype(bool if label.dtype == torch.bool else np.uint8)
+
+
+def thick(inside: np.ndarray) -> np.ndarray:
+    """The outline of a region (H, W), two pixels wide."""
+    edge = outline(inside)
+    edge[1:] |= edge[:-1]
+    edge[:, 1:] |= edge[:, :-1]
+    return edge
+
+
+def capital(words: str) -> str:
+    """The first letter a capital, the others as they are."""
+    return words[:1].upper() + words[1:]
+
+
+# Widgets
+
+
+class Explorer(widgets.VBox):
+    """Controls over a saved run; every move computes, measures and draws again. See `explore`."""
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved, self.canvas, self.start = saved, Canvas(saved), starting(saved)
+        start, names = self.start, saved.classes
+        pairs = [(f"{image}: {names[1 + channel]}", (image, channel)) for image, channel in saved.pairs]
+        counts = range(1, len(saved.scales) + 1)
+        subsets = list(itertools.chain(*(itertools.combinations(saved.scales, count) for count in counts)))
+        wide = {"button_width": "auto", "description_width": "160px"}
+        sources = {"options": {name: key for key, name in SOURCES.items()}, "value": start.source}
+        self.controls = {
+            "pair": slider("test image: class", pairs, start.pair),
+            "source": widgets.ToggleButtons(**sources, description="map", style=wide),
+            "scales": widgets.Dropdown(
+                options=[(" + ".join(f"{scale:g}" for scale in part), part) for part in subsets], value=start.scales,
+                **look("scales, summed"),
+            ),
+            "beta": slider("beta, background", levels(start.beta), start.beta),
+        }  # fmt: skip
+        if saved.has_regions:
+            self.controls |= {
+                "threshold": slider("tau_bin, of masks", levels(start.threshold), start.threshold),
+                "radius": slider("radius of the gate", radii(saved), start.radius),
+                "rounds": widgets.IntSlider(
+                    start.rounds, min=1, max=max(MOST_ROUNDS, start.rounds), **look("T, rounds of growth")
+                ),
+                "share": slider("alpha, of the region", levels(start.share), start.share),
+            }
+        self.numbers, self.picture = widgets.HTML(), widgets.HTML()
+        for control in self.controls.values():
+            control.observe(lambda _: self.update(), "value")
+        both = widgets.GridBox(list(self.controls.values()), layout={"grid_template_columns": "repeat(2, 450px)"})
+        super().__init__([widgets.HTML(f"<b>{saved.title}</b>"), both, self.numbers, self.picture])
+        self.update()
+
+    @property
+    def position(self) -> Position:
+        """Where the controls stand."""
+        return Position(**{name: control.value for name, control in self.controls.items()})
+
+    def update(self) -> None:
+        """Compute, measure and draw at the controls' position."""
+        at = self.position
+        self.controls["scales"].disabled = at.source not in LAYERS
+        seen = view(self.saved, at)
+        self.numbers.value = html(self.saved, at, seen)
+        words = f"{heading(self.saved, at, seen)} Maps over the image, label maps and truth. The table has the numbers."
+        self.picture.value = embedded(self.canvas.draw(at, seen), words)
+
+    def _repr_mimebundle_(self, **options) -> dict:
+        """The widget, and for readers without a kernel (an exported page) the figure at the starting position."""
+        bundle = super()._repr_mimebundle_(**options)
+        return bundle | {"image/png": base64.b64encode(to_png(still(self.saved, self.start))).decode()}
+
+
+def slider(description: str, options: list, value: Any) -> widgets.SelectionSlider:
+    """A slider over given values."""
+    return widgets.SelectionSlider(options=options, value=value, **look(description))
+
+
+def levels(own: float) -> list[tuple[str, float]]:
+    """Hundredths from 0 to 1, and the run's own value."""
+    return [(f"{level:g}", level) for level in sorted({*(step / 100 for step in range(101)), own})]
+
+
+def radii(saved: Saved) -> list[tuple[str, float]]:
+    """Radii within the grid, the one that the run's training ends with, and none."""
+    own = saved.recipe.method.radius(1.0, saved.grid)
+    inside = {radius for radius in RADII if radius < math.hypot(saved.grid[0] - 1, saved.grid[1] - 1)}
+    options = [(f"{radius:.3g}", radius) for radius in sorted(inside - {own})]
+    if own is not None:
+        options = sorted([*options, (f"{own:.3g}, training's last", own)], key=lambda option: option[1])
+    return [*options, ("whole grid", math.inf)]
+
+
+@themed
+def still(saved: Saved, at: Position | None = None) -> Figure:
+    """The explorer at one position (by default the starting one) as a figure: the picture, the numbers below."""
+    at, canvas = at or starting(saved), Canvas(saved)
+    figure = Drawing(figsize=(WIDTH / 100, canvas.height / 100 + 1.7), layout="constrained")
+    figure.suptitle(f"{TITLE}\n{saved.title}")
+    axes = figure.subplots()
+    axes.imshow(canvas.draw(at), interpolation="bilinear")
+    axes.set_axis_off()
+    axes.set_anchor("N")
+    looks = {"family": "DejaVu Sans Mono", "fontsize": 7, "ha": "center", "va": "top"}
+    axes.text(0.5, -0.01, text(saved, at), transform=axes.transAxes, **looks)
+    return figure
+
+
+def explore(experiment: Experiment, root: Path | None = None) -> Explorer | Figure:
+    """The explorer of a finished run, or a figure where nobody can move a slider (papermill, export, not run)."""
+    if not is_finished(experiment, root):
+        return message(TITLE, f"not run: {label_of(experiment)}")
+    saved = load_saved(experiment, root)
+    if saved is None:
+        return message(TITLE, f"{label_of(experiment)} keeps no maps of single scales")
+    return Explorer(saved) if is_watched() else still(saved)

@@ -1,0 +1,517 @@
+"""The report of a batch: an overview, a page a paper, one across papers, executed notebooks; drawn from run records.
+
+Training and pages are two levels: a changed plot, text or template writes the pages again and trains nothing.
+"""
+
+import ast
+import hashlib
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from repro import (
+    agreement,
+    batch,
+    claims,
+    committed,
+    exchange,
+    plan,
+    plots,
+    runs,
+    tables,
+)
+from repro.checkpoints import atomic_path, read_json, write_json, write_text
+from repro.experiment import Experiment, from_record
+from repro.grids import LABELS, place
+from repro.metrics import METRICS, sentence
+from repro.papers import PAPERS
+from repro.plots import style
+from repro.report import across, pages
+from repro.settings import SettingError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NOTEBOOKS = ("commatch", "calibratemix", "csl", "pcre", "trust_region", "tables")
+# Paper -> its figures: (scale, seeds, folder of runs) -> those that its finished runs can draw.
+FIGURES = {
+    "commatch": plots.labels.commatch_figures,
+    "calibratemix": plots.calibration.calibratemix_figures,
+    "csl": plots.masks.csl_figures,
+    "pcre": plots.tags.pcre_figures,
+    "trust_region": plots.scribbles.trust_region_figures,
+}
+ABLATION, MAIN = "ablation_", "main"  # names of figures that belong to a table
+KINDS = across.KINDS | {LABELS: "few labels"}
+TITLE = "Learning from few or weak labels: measured beside published"
+SUMMARY = (
+    "Papers on learning from few or weak labels, rebuilt in one package. Each number here is read from the record of a "
+    "run. Numbers of a small scale stand in columns of their own and decide claims only for the data and scale named; "
+    "published numbers carry their source. There is a page for each paper, in the shape of a report of a reproduction."
+)
+SPREAD = "Cells: mean ± standard deviation over n seeds. Last evaluation of the averaged (EMA) weights."
+CONTENTS = (
+    ("claims", "Claims"), ("method", "Method"), ("deviations", "Deviations"), ("easy", "What was easy"),
+    ("difficult", "What was difficult"), ("tables", "Tables"), ("ablations", "Ablations"), ("figures", "Figures"),
+    ("cost", "Cost"), ("commands", "Commands"),
+)  # fmt: skip
+
+
+def build(scale: str, seeds: Sequence[int], root: Path, checkout: Path | None = None) -> Path:
+    """Write the report of the runs and return its first page.
+
+    scale, seeds: of the runs that are read. root: folder of runs; the report goes to `root/report-<scale>`.
+    checkout: one whose `figures/` and README block are renewed too; None leaves them alone.
+    Nothing is written when no record, notebook, text or code changed since the last report.
+    """
+    folder = Path(root) / f"report-{scale}"
+    page, made = folder / "index.html", folder / "inputs.json"
+    inputs = _inputs(scale, seeds, root)
+    if page.exists() and made.exists() and read_json(made) == inputs:
+        return page
+    made.unlink(missing_ok=True)
+    parts = [paper_parts(name, scale, seeds, root, folder) for name in PAPERS]
+    between = across_parts(scale, seeds, root, folder)
+    write_pages(folder, scale, seeds, root, parts, between)
+    write_text(folder / "results.md", results_markdown(scale, seeds, parts))
+    saved = committed.save(tables.collect(plan.select(scale=scale, seeds=seeds), root), folder / "runs.csv")
+    if checkout is not None:
+        publish(saved, folder, parts, checkout, [figure for section in between for figure in section["figures"]])
+    write_json(made, inputs | {"committed": _committed_digest()})
+    return page
+
+
+def _inputs(scale: str, seeds: Sequence[int], root: Path) -> dict:
+    """All that the pages are made of."""
+    imported = sorted((Path(root) / exchange.FOLDER).glob("*.parquet"))
+    read = [path for kind in ("*.md", "*.csv") for path in sorted((PACKAGE / "papers").glob(kind))]
+    read += sorted((PACKAGE / "report" / "templates").iterdir())
+    read += sorted((PACKAGE.parent / "notebooks").glob("*.ipynb"))
+    return {
+        "runs": _times(root, f"*-{scale}-*/metrics.json"),
+        "notebooks": _times(root, f"*-{scale}-*/notebook.ipynb"),
+        "imported": {path.name: path.stat().st_mtime_ns for path in imported},
+        "committed": _committed_digest(),
+        "code": runs.source_digest(),
+        "texts": _digest(read),
+        "seeds": list(seeds),
+    }
+
+
+def _times(root: Path, pattern: str) -> dict[str, int]:
+    """The time of each run's file by run."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in sorted(Path(root).glob(pattern))}
+
+
+def _committed_digest() -> str:
+    return _digest([batch.COMMITTED, committed.numbers_of(batch.COMMITTED)])
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
+
+
+# What pages need to know
+
+
+def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder: Path) -> dict:
+    """Claims, texts, tables, ablations, figures, cost and runs of one paper, as pages and Markdown need them."""
+    paper = PAPERS[name]
+    figures = {key: save_figure(figure, title, folder / "figures" / f"{name}_{key}.png")
+               for key, title, figure in FIGURES[name](scale, seeds, root)}  # fmt: skip
+    measured = {kind: [block for table in group.values() for block in table_blocks(table, scale, seeds, root)]
+                for kind, group in (("tables", paper.TABLES), ("ablations", paper.ABLATIONS))}  # fmt: skip
+    main, further, said = place(paper.main_experiments(scale, seeds)[0]), dict(figures), {}
+    whole = [block for block in measured["tables"] if block["column"] == main] or measured["tables"]
+    for kind, blocks in measured.items():
+        for block in blocks:  # a figure stands below the first block of its ablation, or of the main job's table
+            key = f"{ABLATION}{block['name']}" if kind == "ablations" else MAIN if block is whole[0] else ""
+            block["figure"] = further.pop(key, None)
+            before = said.setdefault(block["title_of_table"], [])
+            block["new_notes"] = [note for note in block["notes"] if note not in before]
+            before += block["new_notes"]
+    done = {block["title_of_table"] for blocks in measured.values() for block in blocks}
+    wanted = plan.select([name], scale=scale, seeds=seeds)
+    rows = finished(wanted, root)
+    return {
+        "name": name,
+        "title": paper.TITLE,
+        "short": short(paper.TITLE),
+        "href": f"{name}.html",
+        "learns_from": KINDS[paper.BUDGET],
+        "column": main,
+        "note": paper.NOTE,
+        "scope": " and ".join(dict.fromkeys(claims.scope(claim, scale) for claim in paper.CLAIMS.values())),
+        "claims": claims.verdicts(paper.CLAIMS.values(), scale, seeds, root).to_dict("records"),
+        "texts": pages.texts(name),
+        "not_run": [table.title for table in (*paper.TABLES.values(), *paper.ABLATIONS.values())
+                    if table.title not in done],
+        "figures": list(figures.values()),
+        "further": list(further.values()),
+        "cost": cost_row(short(paper.TITLE), rows, len(wanted)),
+        "runs": rows,
+        **measured,
+    }  # fmt: skip
+
+
+def table_blocks(table, scale: str, seeds: Sequence[int], root: Path) -> list[dict]:
+    """A block for each measured column of the table in which at least two rows have a finished run."""
+    frame = tables.compare(table, scale, seeds, root)
+    blocks = []
+    for column in table.columns_at(scale):
+        here = frame[(frame["data"] == column.data) & (frame["labels"] == column.labels)]
+        if here[here["n"] > 0]["row"].nunique() < min(2, len(table.rows)):
+            continue
+        laid = tables.layout(table, frame, column)
+        blocks.append(
+            {
+                "name": table.name,
+                "title_of_table": table.title,
+                "title": f"{table.title} — {column.title}",
+                "column": column,
+                "frame": laid,
+                "html": pages.frame_html(laid),
+                "markdown": tables.to_markdown(laid),
+                "notes": tables.notes(table, column, scale),
+            }
+        )
+    return blocks
+
+
+def across_parts(scale: str, seeds: Sequence[int], root: Path, folder: Path) -> list[dict]:
+    """The sections of the page across papers, figures saved and tables as HTML."""
+    made = []
+    for section in across.sections(scale, seeds, root):
+        figures = [
+            save_figure(figure, title, folder / "figures" / f"across_{key}.png")
+            for key, title, figure in section["figures"]
+        ]
+        shown = [{"title": title, "html": pages.plain_html(frame)} for title, frame in section["tables"]]
+        made.append(section | {"figures": figures, "tables": shown})
+    return made
+
+
+def save_figure(figure, title: str, path: Path) -> dict:
+    """Write a figure; returns its title, path and source."""
+    style.save(figure, path)
+    return {"title": title, "path": path, "source": pages.embedded(path)}
+
+
+def finished(experiments: Iterable[Experiment], root: Path) -> list[dict]:
+    """A row for each finished run: result, cost, origin, and the command that repeats it."""
+    rows = []
+    for folder, experiment in {runs.folder_of(item, root): item for item in experiments}.items():  # papers share runs
+        if not (folder / "metrics.json").exists():
+            continue
+        metrics = runs.load_metrics(folder)
+        final, cost, origin = metrics["reported"]["last"]["ema"], metrics["cost"], metrics["provenance"]
+        rows.append(
+            {
+                "id": folder.name,
+                "title": batch.title(experiment),
+                "result": sentence(final, PAPERS[experiment.paper].HEADLINES),
+                "seconds": f"{cost['train_seconds']:.0f}",
+                "rate": f"{cost['samples_per_second']:,.0f}",
+                "memory": f"{cost['peak_memory_mib']:,.0f}",
+                "device": f"{origin['device']}, {origin['precision']}, {origin['threads']}",
+                "commit": f"{(origin['commit'] or 'unknown')[:10]}{' + changes' if origin['dirty'] else ''}",
+                "command": command(from_record(metrics)),
+                "cost": cost,
+            }
+        )
+    return rows
+
+
+def cost_row(name: str, rows: Sequence[dict], planned: int) -> dict[str, str]:
+    """What finished runs took, as text. rows: of `finished`. planned: runs that tables, ablations and claims need."""
+    row = {"name": name, "finished": len(rows), "planned": planned}
+    if not rows:
+        return row | dict.fromkeys(("total", "each", "rate", "memory", "device"), "")
+    seconds, rates, memory = (
+        [item["cost"][key] for item in rows] for key in ("train_seconds", "samples_per_second", "peak_memory_mib")
+    )
+    devices = Counter(item["device"] for item in rows)
+    return row | {
+        "total": batch.clock(sum(seconds)),
+        "each": f"{min(seconds):,.0f} to {max(seconds):,.0f} s, median {statistics.median(seconds):,.0f} s",
+        "rate": f"{min(rates):,.0f} to {max(rates):,.0f}",
+        "memory": f"{max(memory):,.0f} MiB",
+        "device": "; ".join(f"{device} ({count})" for device, count in devices.most_common()),
+    }
+
+
+def command(experiment: Experiment) -> str:
+    """The shell command that runs one experiment."""
+    names = ("paper", "method", "data", "labels", "seed", "scale")
+    words = [word for name in names for word in (f"--{name}", str(getattr(experiment, name)))]
+    words += [word for name, value in experiment.overrides for word in ("--set", f"{name}={_json(value)}")]
+    return "python -m repro run " + " ".join(shlex.quote(word) for word in words)
+
+
+def short(title: str) -> str:
+    """`ComMatch` of a paper's title."""
+    return title.partition(":")[0]
+
+
+def compared(experiments: Iterable[Experiment], root: Path) -> dict:
+    """How finished runs agree with the committed numbers: a sentence, a table of what is not identical, warnings."""
+    rows = agreement.compare_all(experiments, root)
+    apart = [row for row in rows if row.verdict in (agreement.WITHIN, agreement.DIFFERS)]
+    frame = pd.DataFrame([row.row() | {"warning": "yes" if row.warning else ""} for row in apart])
+    said = agreement.summary(rows)[0]
+    return {"said": said[0].upper() + said[1:], "html": pages.plain_html(frame) if apart else "",
+            "warnings": sum(row.warning for row in rows)}  # fmt: skip
+
+
+def of_others(scale: str, seeds: Sequence[int], root: Path) -> pd.DataFrame:
+    """Imported results beside those of this folder, a row a cell and origin, as text; empty where nothing was imported.
+
+    Headline metrics of the last evaluation and EMA weights, over all seeds that either side has. Raises DataError.
+    """
+    frame = exchange.imported(root)
+    last = (frame["rule"] == "last") & (frame["weights"] == "ema") & (frame["class"] == exchange.ALL_CLASSES)
+    frame = frame[last & (frame["scale"] == scale)]
+    cell, rows = ["paper", "method", "data", "labels", "overrides"], []
+    for (paper, method, data, labels, overrides, origin), part in frame.groupby([*cell, "origin"], sort=True):
+        changes = json.loads(overrides)
+        mine = _finished_here((paper, method, data, labels), scale, changes, {*seeds, *part["seed"].tolist()}, root)
+        changed = "".join(f", {key} = {value}" for key, value in changes.items())
+        facts = part.iloc[0]
+        for name in PAPERS[paper].HEADLINES:
+            theirs = part.loc[part["metric"] == name, "value"]
+            ours = [float("nan") if (value := found.get(name)) is None else value for found in mine.values()]
+            rows.append(
+                {
+                    "paper": short(PAPERS[paper].TITLE),
+                    "method": f"{style.style_of(method).title}{changed}",
+                    "where": f"{data}, {PAPERS[paper].BUDGET.format(labels)}",
+                    "metric": METRICS[name].title,
+                    "here": _over_seeds(ours, name),
+                    "there": _over_seeds(theirs, name),
+                    "origin": origin,
+                    "exported by": facts["exported_by"],
+                    "device": facts["device"],
+                    "torch": facts["torch"],
+                    "commit": f"{facts['commit'][:10]}{' + changes' * (facts['dirty'] == 'yes')}",
+                    "runs of both": len(set(part["run"]) & set(mine)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _finished_here(cell: tuple, scale: str, overrides: dict, seeds: Iterable[int], root: Path) -> dict[str, dict]:
+    """Run -> metrics of this folder's finished runs of a cell; {} of settings that this code does not have."""
+    try:
+        paper, method, data, labels = cell
+        items = [Experiment(paper, method, data, int(labels), int(seed), scale, tuple(overrides.items()))
+                 for seed in sorted(seeds)]  # fmt: skip
+    except SettingError:
+        return {}
+    folders = [runs.folder_of(item, root) for item in items if runs.is_finished(item, root)]
+    return {folder.name: runs.load_metrics(folder)["reported"]["last"]["ema"] for folder in folders}
+
+
+def _over_seeds(values: Iterable[float], metric: str) -> str:
+    values = list(values)
+    return tables.show(tables.summarise(values), METRICS[metric], len(values), len(values))
+
+
+# Pages
+
+
+def write_pages(
+    folder: Path, scale: str, seeds: Sequence[int], root: Path, parts: Sequence[dict], between: Sequence[dict]
+) -> None:
+    """All pages of the report. parts: `paper_parts` of each paper; between: `across_parts`."""
+    site = [{"href": "index.html", "title": "Overview"}]
+    site += [{"href": part["href"], "title": part["short"]} for part in parts]
+    site += [{"href": "across.html", "title": "Across papers"}]
+    every = {row["id"]: row for part in parts for row in part["runs"]}
+    notebooks = execute_notebooks(folder, scale, root, site)
+    of_runs = pages.run_pages(root, folder, scale, site, {run: row["title"] for run, row in every.items()})
+    common = {"site": site, "scale": scale, "seeds": ", ".join(map(str, seeds)), "spread": SPREAD}
+    for part in parts:
+        pages.write(
+            folder / part["href"],
+            "paper.html",
+            title=part["title"],
+            paper=part,
+            contents=CONTENTS,
+            scope=f"Verdicts hold {part['scope']} only.",
+            commits=_commits(part["runs"]),
+            notebook=next((item for item in notebooks if item["name"] == part["name"]), None),
+            pages=of_runs,
+            commands=paper_commands(part["name"], scale, len(seeds)),
+            **common,
+        )
+    pages.write(folder / "across.html", "across.html", title="Across papers", sections=between, **common)
+    everything = plan.select(scale=scale, seeds=seeds)
+    counted = [Counter(claim["verdict"] for claim in part["claims"]) for part in parts]
+    pages.write(
+        folder / "index.html",
+        "index.html",
+        title=TITLE,
+        summary=SUMMARY,
+        finished=len(every),
+        commits=_commits(every.values()),
+        kinds=claims.VERDICTS,
+        least=claims.MINIMUM_SEEDS,
+        papers=[part | {"counts": counts, "main": _main_block(part)}
+                for part, counts in zip(parts, counted, strict=True)],
+        decided=[claim | {"paper": part["short"], "href": part["href"]} for part in parts for claim in part["claims"]
+                 if claim["verdict"] in (claims.SUPPORTED, claims.CONTRADICTED)],
+        across=" and ".join(section["title"][0].lower() + section["title"][1:] for section in between),
+        agreement=compared(everything, root),
+        imported=pages.plain_html(found) if len(found := of_others(scale, seeds, root)) else "",
+        cost=[*(part["cost"] for part in parts), cost_row("all, each run once", list(every.values()), len(everything))],
+        notebooks=notebooks,
+        skipped=[f"{name}.ipynb" for name in NOTEBOOKS if name not in {item["name"] for item in notebooks}],
+        runs=[{"href": address, "title": run} for run, address in of_runs.items()],
+        commands=[
+            f"make reproduce SCALE={scale} SEEDS={len(seeds)}  # the main job, and this report",
+            f"python -m repro plan --scale {scale} --seeds {len(seeds)}  # the runs of all tables and claims",
+            f"python -m repro rerun --scale {scale} --seeds {len(seeds)}  # trains those that are missing",
+            f"python -m repro report --scale {scale} --seeds {len(seeds)}  # this report alone; trains nothing",
+        ],
+        **common,
+    )  # fmt: skip
+
+
+def paper_commands(name: str, scale: str, seeds: int) -> list[str]:
+    """The shell commands that list, and make, all runs of a paper's page."""
+    return [f"python -m repro {word} --paper {name} --scale {scale} --seeds {seeds}" for word in ("plan", "rerun")]
+
+
+def _commits(rows: Iterable[dict]) -> str:
+    return " and ".join(sorted({f"commit {row['commit']}" for row in rows})) or "no run yet"
+
+
+def execute_notebooks(folder: Path, scale: str, root: Path, site: list[dict]) -> list[dict]:
+    """Run notebooks with papermill, each in a process of its own, and write a page of each.
+
+    A notebook that would train is left out, so that pages never wait for a training.
+    """
+    source = PACKAGE.parent / "notebooks"
+    made = []
+    for name in NOTEBOOKS:
+        path = source / f"{name}.ipynb"
+        if not path.exists() or would_train(path, scale, root):
+            continue
+        executed, page = (folder / f"notebook-{name}.{kind}" for kind in ("ipynb", "html"))
+        parameters = ["-p", "scale", scale, "-p", "runs_root", str(root)]
+        papermill = ["papermill", str(path), str(executed), *parameters, "--cwd", str(source), "--no-progress-bar"]
+        done = subprocess.run([sys.executable, "-m", *papermill], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}.ipynb: papermill failed\n{done.stderr[-3000:]}")
+        pages.notebook_page(executed, page, f"{name}.ipynb", f"Executed by papermill at scale {scale}.", site)
+        made.append({"name": name, "title": f"{name}.ipynb", "href": page.name})
+    return made
+
+
+def would_train(path: Path, scale: str, root: Path) -> bool:
+    """Whether a notebook's runs, by its own parameters at this scale, are not all finished, or do not exist."""
+    from repro import notebook  # which imports this module
+
+    cells = read_json(path)["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    given = {item.targets[0].id: ast.literal_eval(item.value) for item in ast.parse(source).body}
+    if "method" not in given:
+        return bool(given.get("run_missing"))
+    try:
+        asked = notebook.one_run(**given | {"scale": scale, "runs_root": str(root)})
+    except SettingError:
+        return True
+    return not all(runs.is_finished(item, root) for item in asked.experiments)
+
+
+# Text for the checkout
+
+
+def results_markdown(scale: str, seeds: Sequence[int], parts: list[dict]) -> str:
+    """All tables and claims as Markdown: `figures/results.md`."""
+    lines = [
+        f"# Results at scale {scale}, seeds {', '.join(map(str, seeds))}",
+        "",
+        f"Written by `make reproduce SCALE={scale} SEEDS={len(seeds)}` from run records; do not edit.",
+        "",
+    ]
+    for part in parts:
+        lines += [f"## {part['title']}", "", part["note"], ""]
+        for block in (*part["tables"], *part["ablations"]):
+            lines += [f"### {block['title']}", "", block["markdown"], *(f"- {note}" for note in block["notes"]), ""]
+        lines += ["### Claims", "", claims_markdown(part), ""]
+    return "\n".join(lines)
+
+
+def claims_markdown(part: dict) -> str:
+    """The claims of a paper as a Markdown table."""
+    columns = ["claim", "verdict", "effect", "95 % interval", "n", "published effect"]
+    frame = pd.DataFrame(part["claims"])[columns].set_index("claim")
+    frame = frame.replace({"published effect": {"": "not available"}})
+    return tables.to_markdown(frame) + f"\nVerdicts hold {part['scope']} only.\n"
+
+
+def publish(
+    saved: Sequence[Path], folder: Path, parts: list[dict], checkout: Path, further: Sequence[dict] = ()
+) -> None:
+    """Renew a checkout's figures, `figures/results.md`, files of runs and the README's result block.
+
+    saved: the files of runs. further: figures of no paper.
+    """
+    target = checkout / "figures"
+    target.mkdir(exist_ok=True)
+    sources = [figure["path"] for part in parts for figure in part["figures"]]
+    sources += [figure["path"] for figure in further]
+    for source in (*sources, folder / "results.md", *saved):
+        with atomic_path(target / source.name) as part:
+            part.write_bytes(source.read_bytes())
+    readme = checkout / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, marker, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if marker and end:
+        block = "\n\n".join([_first_table(part) + "\n" + claims_markdown(part) for part in parts])
+        write_text(readme, f"{before}{BEGIN}\n{block}\n{END}{after}")
+
+
+def _first_table(part: dict) -> str:
+    """The main table of a paper for the README."""
+    found = main_table(part)
+    if found is None:
+        return "No finished run yet."
+    return f"{part['title']}: {found[0]}\n\n{tables.to_markdown(found[1])}"
+
+
+def _main_block(part: dict) -> dict | None:
+    """The main table of a paper for the first page."""
+    found = main_table(part)
+    return found and {"caption": found[0], "html": pages.frame_html(found[1])}
+
+
+def main_table(part: dict) -> tuple[str, pd.DataFrame] | None:
+    """Caption and frame of a paper's main table: where its main job runs, measured columns only, rows that ran.
+
+    part: of `paper_parts`. None before two of its rows have a finished run.
+    """
+    if not part["tables"]:
+        return None
+    main = [block for block in part["tables"] if block["column"] == part["column"]]
+    frame = (main or part["tables"])[0]["frame"]
+    measured = frame.loc[:, [top for top in frame.columns.get_level_values(0).unique() if top.startswith("measured")]]
+    ran = measured[~measured.eq(tables.NOT_RUN).all(axis=1)]
+    caption = ran.columns.get_level_values(0)[0]
+    ran.columns = ran.columns.get_level_values(1)
+    return caption, ran
+
+
+def _json(value) -> str:
+    return value if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
