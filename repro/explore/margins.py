@@ -4,7 +4,6 @@
 drawing on a batch of the saved pool. `explore` puts controls around them; where nobody watches it returns a figure.
 """
 
-import base64
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from repro.data import splits
 from repro.data.augment import Views
 from repro.data.images import SOURCES
 from repro.experiment import Experiment, resolve
-from repro.explore.parts import look, png
+from repro.explore.parts import Panel, buttons, embedded, look
 from repro.methods.few_labels.calibratemix import CalibrateMixSettings
 from repro.methods.few_labels.pairing import PAIRINGS, cosine_similarity, draw_pairs
 from repro.plots.calibration import Margins, read_margins, short_label
-from repro.plots.style import INK, Drawing, message, themed, to_png, where
+from repro.plots.style import INK, Drawing, message, themed, where
 from repro.progress import is_watched
 from repro.runs import is_finished
 
@@ -239,43 +238,31 @@ class Canvas:
 # Widgets
 
 
-class Explorer(widgets.VBox):
+class Explorer(Panel):
     """Controls over a saved run; every move draws again. See `explore`."""
 
     def __init__(self, saved: Saved) -> None:
         self.saved, self.canvas, self.start = saved, Canvas(saved), starting(saved)
-        start, small = self.start, {"description_width": "160px"}
-        self.controls = {
-            "kind": widgets.ToggleButtons(options=KINDS, value=start.kind, description="images"),
+        start, partners = self.start, ("dissimilar", "random", "similar")
+        controls = {
+            "kind": buttons("images", {name: name for name in KINDS}, start.kind),
             "percentile": widgets.IntSlider(start.percentile, min=0, max=100, **look("percentile of the margin")),
             "weight": widgets.FloatSlider(start.weight, min=0, max=1, step=0.05, **look("lambda, labelled share")),
             "batch": widgets.IntSlider(start.batch, min=0, max=99, **look("batch")),
-            "partner": widgets.Dropdown(
-                options=("dissimilar", "random", "similar"), value=start.partner, description="partner", style=small
-            ),
+            "partner": widgets.Dropdown(options=partners, value=start.partner, **look("partner")),
             "pool": widgets.IntSlider(start.pool, min=1, max=max(45, start.pool), **look("k, candidates")),
         }
-        self.numbers, self.picture = widgets.HTML(), widgets.Image(format="png")
-        for control in self.controls.values():
-            control.observe(lambda _: self.update(), "value")
-        both = widgets.GridBox(list(self.controls.values()), layout={"grid_template_columns": "repeat(2, 450px)"})
-        super().__init__([widgets.HTML(f"<b>{saved.title}</b>"), both, self.numbers, self.picture])
-        self.update()
+        super().__init__(saved.title, controls, self.show, lambda: still(saved, start))
 
     @property
     def position(self) -> Position:
         """Where the controls stand."""
-        return Position(**{name: control.value for name, control in self.controls.items()})
+        return self.at(Position)
 
-    def update(self) -> None:
+    def show(self) -> tuple[str, str]:
         """Measure and draw at the controls' position."""
-        self.numbers.value = f"<div>{text(self.saved, self.position)}</div>"
-        self.picture.value = png(self.canvas.draw(self.position))
-
-    def _repr_mimebundle_(self, **options) -> dict:
-        """The widget, and for readers without a kernel (an exported page) the figure at the starting position."""
-        bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"image/png": base64.b64encode(to_png(still(self.saved, self.start))).decode()}
+        said = text(self.saved, self.position)
+        return f"<div>{said}</div>", embedded(self.canvas.draw(self.position), f"Images by margin, mixtures. {said}")
 
 
 def starting(saved: Saved) -> Position:

@@ -1,9 +1,10 @@
 """What explorers share: controls over numbers and a picture, the figure in their place, tables, tiles and keys."""
 
 import base64
+import html
 import io
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import ipywidgets as widgets
 import numpy as np
@@ -12,33 +13,44 @@ from PIL import Image, ImageDraw
 
 from repro.plots.style import INK, Drawing, themed, to_png
 
+T = TypeVar("T")
+
 
 class Panel(widgets.VBox):
-    """Controls above numbers and a picture, both HTML. An explorer says how they are made in `update` and `still`.
+    """Controls above numbers and a picture, both HTML; where nobody has a kernel, a figure in their place.
 
-    title: plain text. controls: by name; each move of one calls `update`. below: widgets under them that do not.
+    title: HTML. controls: by name; each move of one calls `update`. show: the HTML of numbers and of the picture where
+    the controls stand. still: the figure at the starting position. further: widgets between controls and numbers.
     """
 
-    def __init__(self, title: str, controls: dict[str, widgets.Widget], below: Iterable[widgets.Widget] = ()) -> None:
+    def __init__(
+        self,
+        title: str,
+        controls: dict[str, widgets.Widget],
+        show: Callable[[], tuple[str, str]],
+        still: Callable[[], Figure],
+        further: Iterable[widgets.Widget] = (),
+    ) -> None:
         self.controls, self.numbers, self.picture = controls, widgets.HTML(), widgets.HTML()
+        self._show, self._still = show, still
         for control in controls.values():
             control.observe(lambda _: self.update(), "value")
-        parts = [widgets.HTML(f"<b>{title}</b>"), columns(controls.values()), *below, self.numbers, self.picture]
+        parts = [widgets.HTML(f"<b>{title}</b>"), columns(controls.values()), *further, self.numbers, self.picture]
         super().__init__(parts)
         self.update()
 
-    def update(self) -> None:
-        """Fill `numbers` and `picture` for where the controls stand."""
-        raise NotImplementedError(f"{type(self).__name__} does not define update()")
+    def at(self, kind: type[T]) -> T:
+        """The position where the controls stand, a dataclass with a field of each control's name."""
+        return kind(**{name: control.value for name, control in self.controls.items()})
 
-    def still(self) -> Figure:
-        """The figure at the starting position."""
-        raise NotImplementedError(f"{type(self).__name__} does not define still()")
+    def update(self) -> None:
+        """Numbers and picture for where the controls stand."""
+        self.numbers.value, self.picture.value = self._show()
 
     def _repr_mimebundle_(self, **options) -> dict:
         """The widget, and for readers without a kernel (an exported page) the figure."""
         bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"image/png": base64.b64encode(to_png(self.still())).decode()}
+        return bundle | {"image/png": base64.b64encode(to_png(self._still())).decode()}
 
 
 def look(description: str) -> dict:
@@ -46,11 +58,13 @@ def look(description: str) -> dict:
     return {"description": description, "layout": {"width": "440px"}, "style": {"description_width": "160px"}}
 
 
-def png(picture: Image.Image) -> bytes:
-    """A picture as PNG, written for speed."""
+def embedded(picture: Image.Image, words: str) -> str:
+    """A picture as HTML, described by `words`. JPEG, since PNG would take longer than all the rest of a move."""
     file = io.BytesIO()
-    picture.save(file, "png", compress_level=1)
-    return file.getvalue()
+    picture.save(file, "jpeg", quality=95, subsampling=0)
+    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    looks = f'width="{picture.width}" height="{picture.height}" style="max-width: 100%; height: auto"'
+    return f'<img {looks} alt="{html.escape(words)}" src="{source}">'
 
 
 def columns(parts: Iterable[widgets.Widget]) -> widgets.GridBox:
@@ -70,10 +84,12 @@ def buttons(description: str, options: dict[str, Any], value: Any) -> widgets.To
 
 
 def html_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of cells under their names, to the right."""
-    looks = 'style="text-align:right;padding:2px 12px"'
+    """Rows of cells under their names, to the right; rows whose first cell begins with `> ` are bold, without it."""
+    looks = 'style="text-align:right;padding:2px 14px"'
     lines = ["".join(f'<th scope="col" {looks}>{name}</th>' for name in names)]
-    lines += ["".join(f"<td {looks}>{cell}</td>" for cell in row) for row in rows]
+    for row in rows:
+        bold = ("<b>", "</b>") if row[0].startswith("> ") else ("", "")
+        lines.append("".join(f"<td {looks}>{bold[0]}{cell.removeprefix('> ')}{bold[1]}</td>" for cell in row))
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
@@ -128,3 +144,11 @@ def write_key(
         pen.text((x + 19, y), words, INK, font)
         x += wide
     return y + row - top
+
+
+def outline(inside: np.ndarray) -> np.ndarray:
+    """Cells (H, W) of a region that have a neighbour at the right or below on its other side."""
+    edge = np.zeros_like(inside)
+    edge[:, :-1] |= inside[:, :-1] != inside[:, 1:]
+    edge[:-1] |= inside[:-1] != inside[1:]
+    return edge

@@ -28,16 +28,18 @@ from repro.explore.parts import (
     Panel,
     buttons,
     columns,
+    embedded,
     fitted,
     html_table,
     look,
     nearest,
+    outline,
     sheet,
     slider,
     smooth,
     write_key,
-)
-from repro.explore.weights import RIGHT, UNKNOWN, WRONG, embedded, fade, outline
+)  # fmt: skip
+from repro.explore.weights import RIGHT, UNKNOWN, WRONG, fade
 from repro.methods.scribbles.lengths import PUBLISHED
 from repro.methods.scribbles.trust_region import TrustRegionSettings
 from repro.plots.plane import class_colours, classes_of
@@ -459,7 +461,8 @@ class Explorer(Panel):
         self.add.on_click(lambda _: self.keep((*self.strokes.get(self.controls["image"].value, ()), self.cursor)))
         self.clear.on_click(lambda _: self.keep(()))
         label, *places = self.cursor_controls.values()
-        super().__init__(saved.title, controls, [columns([label, widgets.HBox([self.add, self.clear]), *places])])
+        further = columns([label, widgets.HBox([self.add, self.clear]), *places])
+        super().__init__(saved.title, controls, self.show, lambda: still(saved, start), [further])
 
     @property
     def position(self) -> Position:
@@ -478,19 +481,15 @@ class Explorer(Panel):
         self.strokes[self.controls["image"].value] = strokes
         self.update()
 
-    def update(self) -> None:
+    def show(self) -> tuple[str, str]:
         """Solve if more than the cursor moved, measure and draw."""
         at = self.position
         if self.seen is None or self.seen[0] != at:
             self.seen = at, view(self.saved, at)
         seen = self.seen[1]
         self.clear.disabled = not at.strokes
-        self.numbers.value = html(self.saved, at, seen)
         words = f"{heading(self.saved, at, seen)} Scribbles, argmax, proposal and truth. The table has the numbers."
-        self.picture.value = embedded(self.canvas.draw(at, seen, self.cursor), words)
-
-    def still(self) -> Figure:
-        return still(self.saved, self.start)
+        return html(self.saved, at, seen), embedded(self.canvas.draw(at, seen, self.cursor), words)
 
 
 def levels(given: tuple[float, ...], own: float) -> list[tuple[str, float]]:

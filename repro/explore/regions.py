@@ -5,14 +5,12 @@ from `methods.image_tags.regions`, labels from `cam`. `explore` puts controls ar
 returns a figure. Of the arrays that a run saves, masks and confidences are read at scale 1, from one pass.
 """
 
-import base64
 import dataclasses
 import itertools
 import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ipywidgets as widgets
 import matplotlib as mpl
@@ -25,13 +23,23 @@ from torch import Tensor
 from repro.cam import cam_labels, min_max, over_activation, widened
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment, TagRecipe, resolve, scales_of
-from repro.explore.parts import look
-from repro.explore.weights import embedded, outline
+from repro.explore.parts import (
+    Panel,
+    buttons,
+    embedded,
+    html_table,
+    look,
+    nearest,
+    outline,
+    sheet,
+    slider,
+    smooth,
+)  # fmt: skip
 from repro.methods.image_tags import losses
 from repro.methods.image_tags.maxima import region_masks
 from repro.methods.image_tags.regions import Pairs, Regions, by_class, candidates, gate, grow, shown_classes
 from repro.plots.plane import class_colours, classes_of
-from repro.plots.style import INK, Drawing, label_of, message, style_of, themed, to_png, where
+from repro.plots.style import INK, label_of, message, style_of, where
 from repro.progress import is_watched
 from repro.runs import folder_of, is_finished, load_outputs
 from repro.segmentation import confusion, iou
@@ -298,13 +306,11 @@ def text(saved: Saved, at: Position) -> str:
 def html(saved: Saved, at: Position, seen: View | None = None) -> str:
     """The numbers as an HTML table."""
     seen = seen or view(saved, at)
-    looks = 'style="text-align:right;padding:2px 14px"'
-    lines = ["".join(f'<th scope="col" {looks}>{name}</th>' for name in COLUMNS)]
-    lines += ["".join(f"<td {looks}>{value}</td>" for value in row) for row in table_rows(saved, at, seen)]
-    return f"{heading(saved, at, seen)}<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return heading(saved, at, seen) + html_table(COLUMNS, table_rows(saved, at, seen))
 
 
 WIDTH, LEFT, TOP, TILE, STEP, ROW, FOOT, KEY = 900, 10, 24, 208, 224, 236, 44, 447  # of picture, tiles and key, pixels
+SIZE = (TILE, TILE)
 HEAT, ROUNDS = (mpl.colormaps[name] for name in ("inferno", "viridis"))
 HEATS = (255 * HEAT(np.arange(256))[:, :3]).round().astype(np.uint8)
 TRUE, CUT, PALE = (0, 220, 220), (255, 255, 255), (48, 48, 48, 70)  # outlines: truth, values above beta; candidates
@@ -336,13 +342,13 @@ class Canvas:
         """Title and picture of every tile, row by row."""
         (image, channel), names = at.pair, self.saved.classes
         truth = self.saved.truth[image]
-        pixels, own = self.saved.images[image].permute(1, 2, 0).numpy(), enlarged(truth == channel + 1)
+        pixels, own = self.saved.images[image].permute(1, 2, 0).numpy(), nearest((truth == channel + 1).numpy(), SIZE)
 
         def fit(label: Tensor) -> str:
             return percent(measure(label, truth, channel, len(names))["iou"])
 
         tiles = [
-            (f"Test image {image}", smooth(pixels)),
+            (f"Test image {image}", Image.fromarray(smooth(pixels, SIZE))),
             (capital(name_of(at)), heat(pixels, seen.cam[channel], own, at.beta)),
             (f"Its labels, beta = {at.beta:g}: IoU {fit(seen.label)}", self.flat(seen.label, own)),
             (f"Truth (report only): {names[channel + 1]}", self.flat(truth, own)),
@@ -359,7 +365,7 @@ class Canvas:
 
     def flat(self, label: Tensor, own: np.ndarray) -> Image.Image:
         """A label map (H, W) in the colours of its classes, and the outline of the true class."""
-        tile = self.colours[enlarged(label)]
+        tile = self.colours[nearest(label.numpy(), SIZE)]
         tile[thick(own)] = TRUE
         return Image.fromarray(tile)
 
@@ -371,7 +377,7 @@ class Canvas:
         cells[grown.listed.numpy()] = PALE
         for colour, group in reversed(list(zip(colours, grown.joins.numpy(), strict=True))):
             cells[group] = (*colour, 190)
-        picture = smooth(FADED * grey(pixels) + (1 - FADED) * 255).convert("RGBA")
+        picture = Image.fromarray(smooth(FADED * grey(pixels) + (1 - FADED) * 255, SIZE)).convert("RGBA")
         layer = Image.fromarray(cells.reshape(*grid, 4)).resize((TILE, TILE), Image.Resampling.NEAREST)
         picture.alpha_composite(layer)
         tile = np.array(picture.convert("RGB"))
@@ -420,9 +426,9 @@ class Canvas:
 def heat(pixels: np.ndarray, values: Tensor, own: np.ndarray, beta: float | None = None) -> Image.Image:
     """A map (H, W) in [0, 1] over the grey image, the outline of the true class, and that of values above beta."""
     colours = HEATS[(255 * values.clamp(0, 1)).round().byte().numpy()]
-    tile = np.array(smooth(STRONG * colours + (1 - STRONG) * grey(pixels)))
+    tile = smooth(STRONG * colours + (1 - STRONG) * grey(pixels), SIZE)
     if beta is not None:
-        tile[outline(enlarged(values > beta))] = CUT
+        tile[outline(nearest((values > beta).numpy(), SIZE))] = CUT
     tile[thick(own)] = TRUE
     return Image.fromarray(tile)
 
@@ -435,18 +441,6 @@ def round_colours(rounds: int) -> list[tuple[int, ...]]:
 def grey(pixels: np.ndarray) -> np.ndarray:
     """The mean of the colours (H, W, 3), as (H, W, 1)."""
     return pixels.mean(2, keepdims=True)
-
-
-def smooth(pixels: np.ndarray) -> Image.Image:
-    """Pixels (H, W, 3) in 0..255, as large as a tile."""
-    values = np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8)
-    return Image.fromarray(values).resize((TILE, TILE), Image.Resampling.BILINEAR)
-
-
-def enlarged(label: Tensor) -> np.ndarray:
-    """Labels (H, W), or bool, at the nearest pixels of a tile."""
-    picture = Image.fromarray(label.byte().numpy()).resize((TILE, TILE), Image.Resampling.NEAREST)
-    return np.asarray(picture).astype(bool if label.dtype == torch.bool else np.uint8)
 
 
 def thick(inside: np.ndarray) -> np.ndarray:
@@ -465,7 +459,7 @@ def capital(words: str) -> str:
 # Widgets
 
 
-class Explorer(widgets.VBox):
+class Explorer(Panel):
     """Controls over a saved run; every move computes, measures and draws again. See `explore`."""
 
     def __init__(self, saved: Saved) -> None:
@@ -474,56 +468,35 @@ class Explorer(widgets.VBox):
         pairs = [(f"{image}: {names[1 + channel]}", (image, channel)) for image, channel in saved.pairs]
         counts = range(1, len(saved.scales) + 1)
         subsets = list(itertools.chain(*(itertools.combinations(saved.scales, count) for count in counts)))
-        wide = {"button_width": "auto", "description_width": "160px"}
-        sources = {"options": {name: key for key, name in SOURCES.items()}, "value": start.source}
-        self.controls = {
+        sums = [(" + ".join(f"{scale:g}" for scale in part), part) for part in subsets]
+        controls = {
             "pair": slider("test image: class", pairs, start.pair),
-            "source": widgets.ToggleButtons(**sources, description="map", style=wide),
-            "scales": widgets.Dropdown(
-                options=[(" + ".join(f"{scale:g}" for scale in part), part) for part in subsets], value=start.scales,
-                **look("scales, summed"),
-            ),
+            "source": buttons("map", {name: key for key, name in SOURCES.items()}, start.source),
+            "scales": widgets.Dropdown(options=sums, value=start.scales, **look("scales, summed")),
             "beta": slider("beta, background", levels(start.beta), start.beta),
-        }  # fmt: skip
+        }
         if saved.has_regions:
-            self.controls |= {
+            most = max(MOST_ROUNDS, start.rounds)
+            controls |= {
                 "threshold": slider("tau_bin, of masks", levels(start.threshold), start.threshold),
                 "radius": slider("radius of the gate", radii(saved), start.radius),
-                "rounds": widgets.IntSlider(
-                    start.rounds, min=1, max=max(MOST_ROUNDS, start.rounds), **look("T, rounds of growth")
-                ),
+                "rounds": widgets.IntSlider(start.rounds, min=1, max=most, **look("T, rounds of growth")),
                 "share": slider("alpha, of the region", levels(start.share), start.share),
             }
-        self.numbers, self.picture = widgets.HTML(), widgets.HTML()
-        for control in self.controls.values():
-            control.observe(lambda _: self.update(), "value")
-        both = widgets.GridBox(list(self.controls.values()), layout={"grid_template_columns": "repeat(2, 450px)"})
-        super().__init__([widgets.HTML(f"<b>{saved.title}</b>"), both, self.numbers, self.picture])
-        self.update()
+        super().__init__(saved.title, controls, self.show, lambda: still(saved, start))
 
     @property
     def position(self) -> Position:
         """Where the controls stand."""
-        return Position(**{name: control.value for name, control in self.controls.items()})
+        return self.at(Position)
 
-    def update(self) -> None:
+    def show(self) -> tuple[str, str]:
         """Compute, measure and draw at the controls' position."""
         at = self.position
         self.controls["scales"].disabled = at.source not in LAYERS
         seen = view(self.saved, at)
-        self.numbers.value = html(self.saved, at, seen)
         words = f"{heading(self.saved, at, seen)} Maps over the image, label maps and truth. The table has the numbers."
-        self.picture.value = embedded(self.canvas.draw(at, seen), words)
-
-    def _repr_mimebundle_(self, **options) -> dict:
-        """The widget, and for readers without a kernel (an exported page) the figure at the starting position."""
-        bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"image/png": base64.b64encode(to_png(still(self.saved, self.start))).decode()}
-
-
-def slider(description: str, options: list, value: Any) -> widgets.SelectionSlider:
-    """A slider over given values."""
-    return widgets.SelectionSlider(options=options, value=value, **look(description))
+        return html(self.saved, at, seen), embedded(self.canvas.draw(at, seen), words)
 
 
 def levels(own: float) -> list[tuple[str, float]]:
@@ -541,19 +514,10 @@ def radii(saved: Saved) -> list[tuple[str, float]]:
     return [*options, ("whole grid", math.inf)]
 
 
-@themed
 def still(saved: Saved, at: Position | None = None) -> Figure:
     """The explorer at one position (by default the starting one) as a figure: the picture, the numbers below."""
-    at, canvas = at or starting(saved), Canvas(saved)
-    figure = Drawing(figsize=(WIDTH / 100, canvas.height / 100 + 1.7), layout="constrained")
-    figure.suptitle(f"{TITLE}\n{saved.title}")
-    axes = figure.subplots()
-    axes.imshow(canvas.draw(at), interpolation="bilinear")
-    axes.set_axis_off()
-    axes.set_anchor("N")
-    looks = {"family": "DejaVu Sans Mono", "fontsize": 7, "ha": "center", "va": "top"}
-    axes.text(0.5, -0.01, text(saved, at), transform=axes.transAxes, **looks)
-    return figure
+    at = at or starting(saved)
+    return sheet(f"{TITLE}\n{saved.title}", Canvas(saved).draw(at), text(saved, at))
 
 
 def explore(experiment: Experiment, root: Path | None = None) -> Explorer | Figure:

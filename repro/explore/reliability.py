@@ -4,7 +4,6 @@
 where nobody watches it returns a figure at the starting position.
 """
 
-import base64
 import dataclasses
 import functools
 import math
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from repro import calibration
 from repro.experiment import Experiment
-from repro.explore.parts import look, png
+from repro.explore.parts import Panel, buttons, embedded, html_table, look
 from repro.plots.calibration import Predictions, short_label
-from repro.plots.style import INK, Drawing, message, themed, to_png, where
+from repro.plots.style import INK, Drawing, message, themed, where
 from repro.progress import is_watched
 from repro.reliability import Bins, reliability
 from repro.runs import is_finished
@@ -126,10 +125,7 @@ def text(saved: Saved, at: Position) -> str:
 
 def html(saved: Saved, at: Position) -> str:
     """The numbers as an HTML table."""
-    cell = '<td style="text-align:right;padding:2px 14px">'
-    lines = ["".join(f"{cell}<b>{name}</b></td>" for name in COLUMNS)]
-    lines += ["".join(f"{cell}{value}</td>" for value in row) for row in table_rows(saved, at)]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return html_table(COLUMNS, table_rows(saved, at))
 
 
 WIDTH, HEIGHT = 900, 430  # of the picture, pixels
@@ -242,45 +238,34 @@ class Canvas:
 # Widgets
 
 
-class Explorer(widgets.VBox):
+class Explorer(Panel):
     """Controls over saved runs; every move measures and draws again. See `explore`."""
 
     def __init__(self, runs: Sequence[Saved]) -> None:
         self.runs, self.canvas = {saved.title: saved for saved in runs}, Canvas()
         start = Position()
         self.run = widgets.ToggleButtons(options=list(self.runs), style={"button_width": "auto"})
-        self.controls = {
+        self.run.observe(lambda _: self.update(), "value")
+        controls = {
             "temperature": widgets.FloatLogSlider(
                 start.temperature, min=-1, max=1, step=0.02, readout_format=".3f", **look("T, temperature")
             ),
             "bins": widgets.IntSlider(start.bins, min=1, max=50, **look("bins")),
-            "closing": widgets.ToggleButtons(
-                options={"(lo, hi]": "right", "[lo, hi)": "left"}, value=start.closing, description="closing"
-            ),
-            "spacing": widgets.ToggleButtons(options=SPACINGS, value=start.spacing, description="spacing"),
+            "closing": buttons("closing", {"(lo, hi]": "right", "[lo, hi)": "left"}, start.closing),
+            "spacing": buttons("spacing", SPACINGS, start.spacing),
         }
-        self.numbers, self.picture = widgets.HTML(), widgets.Image(format="png")
-        for control in (self.run, *self.controls.values()):
-            control.observe(lambda _: self.update(), "value")
-        both = widgets.GridBox(list(self.controls.values()), layout={"grid_template_columns": "repeat(2, 450px)"})
-        super().__init__([self.run, both, self.numbers, self.picture])
-        self.update()
+        super().__init__("Reliability on test images", controls, self.show, lambda: still(runs), [self.run])
 
     @property
     def position(self) -> Position:
         """Where the controls stand."""
-        return Position(**{name: control.value for name, control in self.controls.items()})
+        return self.at(Position)
 
-    def update(self) -> None:
+    def show(self) -> tuple[str, str]:
         """Measure and draw at the controls' position."""
         saved, at = self.runs[self.run.value], self.position
-        self.numbers.value = html(saved, at)
-        self.picture.value = png(self.canvas.draw(saved, at))
-
-    def _repr_mimebundle_(self, **options) -> dict:
-        """The widget, and for readers without a kernel (an exported page) the figure at the starting position."""
-        bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"image/png": base64.b64encode(to_png(still(list(self.runs.values())))).decode()}
+        words = f"{saved.title}: accuracy against confidence in {at.bins} bins. The table has the numbers."
+        return html(saved, at), embedded(self.canvas.draw(saved, at), words)
 
 
 @themed

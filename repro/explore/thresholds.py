@@ -4,7 +4,7 @@
 in them. `explore` puts sliders around them; where nobody watches it returns a figure at the starting limits.
 """
 
-import base64
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ from torch import Tensor
 from repro.calibration import ece
 from repro.data import splits
 from repro.experiment import Experiment, resolve
-from repro.explore.parts import look, png
+from repro.explore.parts import Panel, embedded, html_table, look
 from repro.methods.few_labels import commatch
-from repro.plots.style import INK, Drawing, label_of, message, themed, to_png, where
+from repro.plots.style import INK, Drawing, label_of, message, themed, where
 from repro.progress import is_watched
 from repro.runs import folder_of, is_finished, load_outputs
 
@@ -187,11 +187,7 @@ def text(positive: Quality, negative: Quality) -> str:
 
 def html(positive: Quality, negative: Quality) -> str:
     """The numbers as an HTML table."""
-    head, *body = [COLUMNS, *table_rows(positive, negative)]
-    cell = '<td style="text-align:right;padding:2px 14px">'
-    lines = ["".join(f"<b>{name}</b>".join((cell, "</td>")) for name in head)]
-    lines += ["".join(f"{cell}{value}</td>" for value in row) for row in body]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return html_table(COLUMNS, table_rows(positive, negative))
 
 
 def affected(saved: Saved, chosen: Chosen, shown: int) -> list[tuple[str, list[int]]]:
@@ -312,47 +308,33 @@ def _plane(axes, height: int) -> Plane:
 # Widgets
 
 
-class Explorer(widgets.VBox):
+class Explorer(Panel):
     """Sliders over a saved run; every move selects, measures and draws again. See `explore`."""
 
     def __init__(self, saved: Saved, start: Limits) -> None:
         self.saved, self.start, self.canvas = saved, start, Canvas(saved, start)
-        off = not saved.stochastic
-        self.sliders = {
+        off, loosest = not saved.stochastic, math.log10(LOOSEST)
+        controls = {
             "positive_threshold": _linear("t_p, positive threshold", start.positive_threshold, 1, 0.005),
             "positive_stability": _linear("s_p, positive stability", start.positive_stability, LOOSEST, 0.001, off),
             "negative_threshold": _logarithmic("t_n, negative threshold", start.negative_threshold, 0),
-            "negative_stability": _logarithmic(
-                "s_n, negative stability", start.negative_stability, math.log10(LOOSEST), off
-            ),
+            "negative_stability": _logarithmic("s_n, negative stability", start.negative_stability, loosest, off),
         }
-        self.numbers = widgets.HTML()
-        self.picture = widgets.Image(format="png")
-        for slider in self.sliders.values():
-            slider.observe(lambda _: self.update(), "value")
-        note = "" if saved.stochastic else " This run kept no dropout passes: instability is 0, its limits do nothing."
-        heading = widgets.HTML(f"<b>{saved.title.replace(chr(10), ', ')}</b>.{note}")
-        both = widgets.GridBox(list(self.sliders.values()), layout={"grid_template_columns": "repeat(2, 450px)"})
-        super().__init__([heading, both, self.numbers, self.picture])
-        self.update()
+        note = ". This run kept no dropout passes: instability is 0, its limits do nothing" if off else ""
+        title = f"{saved.title.replace(chr(10), ', ')}{note}"
+        super().__init__(title, controls, self.show, lambda: still(saved, start))
 
     @property
     def limits(self) -> Limits:
         """Where the sliders stand."""
-        at = {name: slider.value for name, slider in self.sliders.items()}
-        return Limits(**at, negative_temperature=self.start.negative_temperature)
+        return dataclasses.replace(self.at(Limits), negative_temperature=self.start.negative_temperature)
 
-    def update(self) -> None:
+    def show(self) -> tuple[str, str]:
         """Select, measure and draw under the sliders' limits."""
         limits = self.limits
         chosen = choose(self.saved, limits)
-        self.numbers.value = html(*measure(self.saved, chosen))
-        self.picture.value = png(self.canvas.draw(limits, chosen))
-
-    def _repr_mimebundle_(self, **options) -> dict:
-        """The widget, and for readers without a kernel (an exported page) the figure at the starting limits."""
-        bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"image/png": base64.b64encode(to_png(still(self.saved, self.start))).decode()}
+        words = "Probability and instability of pool images, and what is selected. The table has the numbers."
+        return html(*measure(self.saved, chosen)), embedded(self.canvas.draw(limits, chosen), words)
 
 
 def _linear(description: str, value: float, high: float, step: float, off: bool = False) -> widgets.FloatSlider:

@@ -5,11 +5,8 @@
 each evaluation: of whole pool images, in eval mode. Training makes its labels in training mode, on augmented crops.
 """
 
-import base64
 import dataclasses
 import functools
-import html as html_text
-import io
 import itertools
 import math
 from dataclasses import dataclass
@@ -24,11 +21,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from repro.experiment import Experiment, resolve
-from repro.explore.parts import look
+from repro.explore.parts import Panel, buttons, embedded, html_table, look, outline, sheet, slider
 from repro.explore.reliability import Plane
 from repro.methods.few_masks.separation import FEATURES, Reliable, pixel_weights
 from repro.plots.plane import CERTAIN, SHOWN, SMALLEST, TICKS, Moment, class_colours, classes_of
-from repro.plots.style import INK, Drawing, label_of, message, themed, to_png, where
+from repro.plots.style import INK, label_of, message, where
 from repro.progress import is_watched
 from repro.runs import folder_of, is_finished, load_moments, load_outputs
 
@@ -152,12 +149,7 @@ def text(saved: Saved, at: Position) -> str:
 
 def html(saved: Saved, at: Position, weights: dict[str, Tensor] | None = None) -> str:
     """The numbers as an HTML table, the rule of the position in bold."""
-    cell = '<td style="text-align:right;padding:2px 14px">'
-    lines = ["".join(f'<th scope="col" style="text-align:right;padding:2px 14px">{name}</th>' for name in COLUMNS)]
-    for row in table_rows(saved, at, weights):
-        bold = ("<b>", "</b>") if row[0].startswith("> ") else ("", "")
-        lines.append("".join(f"{cell}{bold[0]}{value.removeprefix('> ')}{bold[1]}</td>" for value in row))
-    return f"{heading(saved, at)}<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return heading(saved, at) + html_table(COLUMNS, table_rows(saved, at, weights))
 
 
 def heading(saved: Saved, at: Position) -> str:
@@ -173,6 +165,7 @@ def heading(saved: Saved, at: Position) -> str:
     return said
 
 
+TITLE = "Which pixels are kept"
 WIDTH, HEIGHT = 900, 426  # of the picture, pixels
 BOX = (58, 40, 440, 372)  # of the plane: left, top, right, bottom
 TILE, LEFT, TOP, STEP, ROW = 138, 464, 40, 146, 168  # tiles: side, corner of the first, to the next, to the next row
@@ -312,33 +305,16 @@ def spaced(confidence: Tensor, residual: Tensor) -> tuple[np.ndarray, np.ndarray
     return -(1 - c).log10().numpy(), residual.double().clamp(min=SMALLEST).log10().numpy()
 
 
-def outline(inside: np.ndarray) -> np.ndarray:
-    """Cells (H, W) of a region that have a neighbour at the right or below on its other side."""
-    edge = np.zeros_like(inside)
-    edge[:, :-1] |= inside[:, :-1] != inside[:, 1:]
-    edge[:-1] |= inside[:-1] != inside[1:]
-    return edge
-
-
 def fade(pixels: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Pixels (H, W, 3) in 0..255 that pale towards white with their weight (H, W, 1)."""
     weight = FADED + (1 - FADED) * weight
     return weight * pixels + (1 - weight) * 255
 
 
-def embedded(picture: Image.Image, words: str) -> str:
-    """A picture as HTML, described by `words`. JPEG, since PNG would take longer than all the rest of a move."""
-    file = io.BytesIO()
-    picture.save(file, "jpeg", quality=95, subsampling=0)
-    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    looks = f'width="{picture.width}" height="{picture.height}" style="max-width: 100%; height: auto"'
-    return f'<img {looks} alt="{html_text.escape(words)}" src="{source}">'
-
-
 # Widgets
 
 
-class Explorer(widgets.VBox):
+class Explorer(Panel):
     """Controls over a saved run; every move weighs, measures and draws again. See `explore`."""
 
     def __init__(self, saved: Saved) -> None:
@@ -346,69 +322,42 @@ class Explorer(widgets.VBox):
         start, images = self.start, len(next(iter(saved.moments.values())).truth)
         levels, power = sorted({*THRESHOLDS, start.threshold}), math.log2(start.alpha)
         powers = {"base": 2, "min": min(NARROWEST, power), "max": max(WIDEST, power), "step": 0.25}
-        narrow = {"button_width": "auto", "description_width": "160px"}
-
-        def buttons(description: str, options: dict[str, str], value: str) -> widgets.ToggleButtons:
-            return widgets.ToggleButtons(options=options, value=value, description=description, style=narrow)
-
-        self.controls = {
+        steps = [(str(step), step) for step in saved.moments]
+        controls = {
             "image": widgets.IntSlider(start.image, min=0, max=images - 1, **look("image of the pool")),
-            "step": widgets.SelectionSlider(options=list(saved.moments), value=start.step, **look("training step")),
+            "step": slider("training step", steps, start.step),
             "selection": buttons("rule", {name: key for key, name in SELECTIONS.items()}, start.selection),
             "features": buttons("CSL reads", {name: name for name in FEATURES}, start.features),
-            "threshold": widgets.SelectionSlider(
-                options=[(f"{level:g}", level) for level in levels], value=start.threshold, **look("tau, threshold")
-            ),
+            "threshold": slider("tau, threshold", [(f"{level:g}", level) for level in levels], start.threshold),
             "alpha": widgets.FloatLogSlider(start.alpha, readout_format=".3g", **powers, **look("alpha, Gaussian")),
             "rule": buttons("full weight where", {"either is good": "or", "both are": "and"}, start.rule),
         }
-        self.numbers, self.picture = widgets.HTML(), widgets.HTML()  # widgets.Image cannot have a text in place of it
-        for control in self.controls.values():
-            control.observe(lambda _: self.update(), "value")
-        both = widgets.GridBox(list(self.controls.values()), layout={"grid_template_columns": "repeat(2, 450px)"})
-        super().__init__([widgets.HTML(f"<b>{saved.title}</b>"), both, self.numbers, self.picture])
-        self.update()
+        super().__init__(saved.title, controls, self.show, lambda: still(saved, start))
 
     @property
     def position(self) -> Position:
         """Where the controls stand."""
-        return Position(**{name: control.value for name, control in self.controls.items()})
+        return self.at(Position)
 
-    def update(self) -> None:
+    def show(self) -> tuple[str, str]:
         """Weigh, measure and draw at the controls' position."""
         at = self.position
         weights = weigh(self.saved, at)
-        self.numbers.value = html(self.saved, at, weights)
         words = f"{heading(self.saved, at)}: the confidence plane, and maps of what is kept. The table has the numbers."
-        self.picture.value = embedded(self.canvas.draw(at, weights), words)
-
-    def _repr_mimebundle_(self, **options) -> dict:
-        """The widget, and for readers without a kernel (an exported page) the figure at the starting position."""
-        bundle = super()._repr_mimebundle_(**options)
-        return bundle | {"image/png": base64.b64encode(to_png(still(self.saved, self.start))).decode()}
+        return html(self.saved, at, weights), embedded(self.canvas.draw(at, weights), words)
 
 
-@themed
 def still(saved: Saved, at: Position | None = None) -> Figure:
     """The explorer at one position (by default the starting one) as a figure: the picture, the numbers below."""
     at = at or starting(saved)
-    figure = Drawing(figsize=(WIDTH / 100, HEIGHT / 100 + 1.5), layout="constrained")
-    figure.suptitle(f"Which pixels are kept\n{saved.title}")
-    axes = figure.subplots()
-    axes.imshow(Canvas(saved).draw(at), interpolation="bilinear")
-    axes.set_axis_off()
-    axes.set_anchor("N")
-    looks = {"family": "DejaVu Sans Mono", "fontsize": 7.5, "ha": "center", "va": "top"}
-    axes.text(0.5, -0.01, text(saved, at), transform=axes.transAxes, **looks)
-    return figure
+    return sheet(f"{TITLE}\n{saved.title}", Canvas(saved).draw(at), text(saved, at))
 
 
 def explore(experiment: Experiment, root: Path | None = None) -> Explorer | Figure:
     """The explorer of a finished run, or a figure where nobody can move a slider (papermill, export, not run)."""
-    title = "Which pixels are kept"
     if not is_finished(experiment, root):
-        return message(title, f"not run: {label_of(experiment)}")
+        return message(TITLE, f"not run: {label_of(experiment)}")
     saved = load_saved(experiment, root)
     if saved is None:
-        return message(title, f"{label_of(experiment)} keeps no moment of its training")
+        return message(TITLE, f"{label_of(experiment)} keeps no moment of its training")
     return Explorer(saved) if is_watched() else still(saved)

@@ -129,7 +129,7 @@ def move_temperature(page):
     handle = page.locator(".widget-slider .noUi-handle").first
     readout = page.locator(".widget-slider .widget-readout").first
     table = page.locator(".widget-html table").first
-    picture = page.locator("img.widget-image").first
+    picture = page.locator(".widget-html img").first
     here = table.locator("tr", has_text="here, T").locator("td")
     accuracy, ece, drawn = here.nth(1).inner_text(), here.nth(2).inner_text(), picture.get_attribute("src")
     assert readout.inner_text() == "1.000" and accuracy.endswith("%") and ece.endswith("%")
@@ -140,7 +140,7 @@ def move_temperature(page):
     expect(here.first).to_have_text("here, T = 0.1")
     expect(here.nth(2)).not_to_have_text(ece)
     assert here.nth(1).inner_text() == accuracy
-    page.wait_for_function("([node, old]) => node.src !== old", arg=[picture.element_handle(), drawn])
+    page.wait_for_function("([old]) => document.querySelector('.widget-html img').src !== old", arg=[drawn])
 
 
 def move_weights(page):
@@ -205,7 +205,7 @@ def move_thresholds(page):
     widths = images.evaluate_all("images => images.map(image => image.naturalWidth)")
     assert min(widths) > 600, "every figure has been drawn"
 
-    numbers, picture = page.locator(".widget-html table"), page.locator("img.widget-image")
+    numbers, picture = page.locator(".widget-html table"), page.locator(".widget-html img")
     expect(numbers).to_contain_text("positives")
     before, drawn = numbers.inner_text(), picture.get_attribute("src")
     readout = page.locator(".widget-slider .widget-readout").first
@@ -215,7 +215,7 @@ def move_thresholds(page):
     page.keyboard.press("Home")  # the least threshold: every stable image is selected
     expect(readout).to_have_text("0.000")
     expect(numbers).not_to_have_text(before)
-    page.wait_for_function("([node, old]) => node.src !== old", arg=[picture.element_handle(), drawn])
+    page.wait_for_function("([old]) => document.querySelector('.widget-html img').src !== old", arg=[drawn])
     loose = numbers.inner_text()
     page.keyboard.press("End")
     for _ in range(3):

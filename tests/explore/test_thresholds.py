@@ -124,12 +124,12 @@ def test_starting_limits_are_those_of_the_last_epoch():
 def test_moving_a_slider_changes_numbers_and_picture():
     explorer = thresholds.Explorer(saved_run(), thresholds.Limits(0.9, 0.05, 0.05, 0.05))
     before, drawn = explorer.numbers.value, explorer.picture.value
-    explorer.sliders["positive_threshold"].value = 0.3
+    explorer.controls["positive_threshold"].value = 0.3
     assert explorer.limits.positive_threshold == 0.3
     assert explorer.numbers.value != before and explorer.picture.value != drawn
     numbers = thresholds.html(*thresholds.measure(explorer.saved, thresholds.choose(explorer.saved, explorer.limits)))
     assert explorer.numbers.value == numbers
-    explorer.sliders["positive_threshold"].value = 0.9
+    explorer.controls["positive_threshold"].value = 0.9
     assert explorer.numbers.value == before and explorer.picture.value == drawn
 
 
@@ -142,9 +142,9 @@ def test_sliders_reach_limits_that_select_everything_and_nothing():
         "negative_stability": 0.53,
     }
     for name, value in loose.items():
-        explorer.sliders[name].value = value
+        explorer.controls[name].value = value
     assert "60 of 60" in explorer.numbers.value and "180 of 240" in explorer.numbers.value
-    explorer.sliders["positive_stability"].value = 0
+    explorer.controls["positive_stability"].value = 0
     assert "0 of 60" in explorer.numbers.value and "none" in explorer.numbers.value
 
 
