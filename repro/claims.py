@@ -304,14 +304,16 @@ def decide(
             "p": sign_flip_test(gains),
         }
         outcome |= {"seeds": tuple(used), "differences": tuple(differences)}
-    return Verdict(claim, verdict, scope(claim, scale), metric, rule, weights, **outcome)
+    return Verdict(claim, verdict, scope([claim], scale), metric, rule, weights, **outcome)
 
 
-def scope(claim: Claim, scale: str) -> str:
-    """What a verdict is about: `on the embedded data (Fashion-MNIST part, 100 labels), mini scale`."""
-    column = claim.column_at(scale)
-    where = f"the embedded data ({column.title})" if column.data in EMBEDDED else column.title
-    return f"on {where}, {scale} scale"
+def scope(claims: Iterable[Claim], scale: str) -> str:
+    """What verdicts are about: `on the embedded data (Fashion-MNIST part, 100 labels), mini scale`, each place once."""
+    columns = dict.fromkeys(claim.column_at(scale) for claim in claims)
+    embedded = "; ".join(column.title for column in columns if column.data in EMBEDDED)
+    places = [f"the embedded data ({embedded})"] if embedded else []
+    places += [column.title for column in columns if column.data not in EMBEDDED]
+    return f"on {' and '.join(places)}, {scale} scale"
 
 
 def verdicts(claims: Iterable[Claim], *arguments, **options) -> pd.DataFrame:

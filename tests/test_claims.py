@@ -16,10 +16,12 @@ from repro.claims import (
     decide,
     gap_correlation,
     judge,
+    scope,
     sign_flip_test,
     verdicts,
 )
 from repro.grids import MASKS, Claim, Column, Row
+from repro.papers import PAPERS
 from repro.papers.published import Published
 from repro.runs import folder_of
 from repro.settings import SettingError
@@ -256,6 +258,14 @@ def test_a_lower_effect_is_published_with_its_sign():
 
 def test_paper_scale_has_its_own_scope():
     assert decide(claim(), "paper").scope == "on CIFAR-10, 40 labels, paper scale"
+
+
+def test_several_claims_say_once_where_they_hold():
+    claims = list(PAPERS["trust_region"].CLAIMS.values())
+    places = "Fashion scenes, scribble length 30 %; Fashion scenes, scribble length 100 %"
+    assert scope(claims, "mini") == f"on the embedded data ({places}), mini scale"
+    said = scope([claims[0], claim()], "paper")
+    assert said == f"on {claims[0].column_at('paper').title} and CIFAR-10, 40 labels, paper scale"
 
 
 def test_verdicts_are_a_frame_of_text_by_claim(tmp_path):

@@ -150,7 +150,7 @@ def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder:
         "learns_from": KINDS[paper.BUDGET],
         "column": main,
         "note": paper.NOTE,
-        "scope": " and ".join(dict.fromkeys(claims.scope(claim, scale) for claim in paper.CLAIMS.values())),
+        "scope": claims.scope(paper.CLAIMS.values(), scale),
         "claims": claims.verdicts(paper.CLAIMS.values(), scale, seeds, root).to_dict("records"),
         "texts": pages.texts(name),
         "not_run": [table.title for table in (*paper.TABLES.values(), *paper.ABLATIONS.values())

@@ -218,8 +218,8 @@ def test_a_papers_page_has_the_shape_of_a_reproduction_report(built):
 
 def test_a_papers_page_names_each_scope_of_its_claims(built):
     words = every_page(built)["trust_region.html"].words
-    lengths = [f"on the embedded data (Fashion scenes, scribble length {length} %), mini scale" for length in (30, 100)]
-    assert f"Verdicts hold {' and '.join(lengths)} only." in words
+    places = "; ".join(f"Fashion scenes, scribble length {length} %" for length in (30, 100))
+    assert f"Verdicts hold on the embedded data ({places}), mini scale only." in words
 
 
 def test_a_papers_page_lists_each_run_with_the_command_that_repeats_it(built):
