@@ -16,7 +16,7 @@ from IPython import get_ipython
 from IPython.display import HTML, Code, DisplayHandle, Markdown, display
 from pandas.io.formats.style import Styler
 
-from repro import batch, claims, report, runs, tables
+from repro import batch, claims, runs, tables
 from repro.experiment import SCALES, Experiment, resolve
 from repro.grids import Row, Table, place
 from repro.methods.few_labels import METHODS
@@ -26,6 +26,7 @@ from repro.plots.common import loss_curves, table_points
 from repro.plots.plane import classes_of
 from repro.plots.style import label_of
 from repro.progress import StepBar, is_watched
+from repro.report.content import FIGURES, command
 from repro.settings import SettingError, describe, unknown
 
 REDRAW_SECONDS = 3.0
@@ -263,7 +264,7 @@ def over_seeds(asked: Asked) -> AskedTables:
 
 def commands(experiments: Iterable[Experiment]) -> Styler:
     """The shell command that reproduces each run; printed numbers are the last evaluation of the EMA weights."""
-    rows = {f"{label_of(item)}, seed {item.seed}": report.command(item) for item in experiments}
+    rows = {f"{label_of(item)}, seed {item.seed}": command(item) for item in experiments}
     return left(pd.DataFrame.from_dict(rows, orient="index", columns=["command"]).rename_axis("run"))
 
 
@@ -375,7 +376,7 @@ def show_tables(asked: AskedTables) -> None:
 
 def show_figures(asked: AskedTables) -> None:
     """The paper's figures that finished runs can draw; ablations have a heading of their own."""
-    for name, _, figure in report.FIGURES[asked.paper](asked.scale, asked.seeds, asked.root):
+    for name, _, figure in FIGURES[asked.paper](asked.scale, asked.seeds, asked.root):
         if not name.startswith("ablation"):
             display(figure)
 

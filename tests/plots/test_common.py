@@ -6,12 +6,13 @@ import pytest
 import torch
 from matplotlib.collections import PolyCollection
 
-from repro import calibration, report
+from repro import calibration
 from repro.experiment import Experiment, resolve
 from repro.grids import Column
 from repro.methods.few_labels import commatch
 from repro.papers import PAPERS
 from repro.plots import common, labels, style
+from repro.report import content
 from repro.tables import NOT_RUN
 from tests.fake_outputs import texts, write_run
 
@@ -179,9 +180,9 @@ def test_every_method_of_every_paper_has_a_style_of_its_own():
 
 
 def test_every_paper_has_figures_and_their_names_are_unique(tmp_path):
-    assert set(report.FIGURES) == set(PAPERS)
+    assert set(content.FIGURES) == set(PAPERS)
     write_run(tmp_path, COMMATCH)
-    for draw in report.FIGURES.values():
+    for draw in content.FIGURES.values():
         names = [name for name, _, _ in draw("tiny", (0,), tmp_path)]
         assert len(set(names)) == len(names)
-    assert "instability" in [name for name, _, _ in report.FIGURES["commatch"]("tiny", (0,), tmp_path)]
+    assert "instability" in [name for name, _, _ in content.FIGURES["commatch"]("tiny", (0,), tmp_path)]

@@ -16,7 +16,7 @@ from repro import agreement, batch, exchange, report, runs
 from repro.committed import numbers_of, save
 from repro.experiment import Experiment
 from repro.papers import PAPERS, commatch, csl, pcre, trust_region
-from repro.report import pages
+from repro.report import content, pages
 from tests.fake_mask_runs import write_mask_run
 from tests.fake_runs import METRICS, write_run
 from tests.fake_scribble_runs import write_scribble_run
@@ -36,7 +36,7 @@ def write_runs(root):
 def leave_out(monkeypatch, committed):
     """Figures drawn from arrays, executed notebooks and the checkout's committed runs."""
     figures = {name: lambda *_: [("main", "Main", Figure()), ("empty", "An empty figure", Figure())] for name in PAPERS}
-    monkeypatch.setattr(report, "FIGURES", figures)
+    monkeypatch.setattr(content, "FIGURES", figures)
     monkeypatch.setattr(report, "NOTEBOOKS", ())
     monkeypatch.setattr(batch, "COMMITTED", committed)
 
@@ -229,7 +229,7 @@ def test_a_papers_page_lists_each_run_with_the_command_that_repeats_it(built):
     ids = {runs.folder_of(item, built.parent).name: item for item in commatch.main_experiments("mini", (0,))}
     for run, experiment in ids.items():
         row = next(row for row in rows if run in row)
-        assert report.command(experiment) in unescape(row) and "error 25.00 %, ECE" in row
+        assert content.command(experiment) in unescape(row) and "error 25.00 %, ECE" in row
         assert (f'href="runs/{run.replace("@", "%40")}.html"' in row) == (experiment.method == "supervised")
 
 
@@ -258,7 +258,7 @@ def root(tmp_path, monkeypatch):
 
 def test_each_run_is_told_in_its_own_papers_metrics(root):
     experiments = [*commatch.main_experiments("mini", (0,)), *csl.main_experiments("mini", (0, 1))]
-    results = {row["id"]: row["result"] for row in report.finished(experiments, root)}
+    results = {row["id"]: row["result"] for row in content.finished(experiments, root)}
     assert len(results) == 8  # the second seed of masks is not run
     ids = {item.method: runs.folder_of(item, root).name for item in experiments[4:8]}
     assert results[ids["unimatch"]] == "mIoU 60.00 %, ECE 5.00 % (15 right-closed bins)"
@@ -270,11 +270,11 @@ def test_each_run_is_told_in_its_own_papers_metrics(root):
 def test_the_command_that_repeats_a_run():
     experiment = Experiment("csl", "csl", "scenes", 20, 1, "mini", {"masking": "none"})
     options = "--paper csl --method csl --data scenes --labels 20 --seed 1 --scale mini --set masking=none"
-    assert report.command(experiment) == f"python -m repro run {options}"
+    assert content.command(experiment) == f"python -m repro run {options}"
 
 
 def test_a_part_has_a_block_for_each_measured_number_of_masks(root):
-    part = report.paper_parts("csl", "mini", (0,), root, root / "report")
+    part = content.paper_parts("csl", "mini", (0,), root, root / "report")
     assert [block["title"] for block in part["tables"]] == ["mIoU by number of masks — Fashion scenes, 20 masks"]
     frame = part["tables"][0]["frame"]
     assert frame.iloc[:, 0].to_dict() == {
@@ -295,7 +295,7 @@ def test_a_note_is_told_once_a_table_and_its_figure_stands_below_the_main_block(
     for labels in (10, 40):
         for experiment in csl.main_experiments("mini", (0,)):
             write_mask_run(experiment.with_(labels=labels), root, figures=False)
-    blocks = report.paper_parts("csl", "mini", (0,), root, root / "report")["tables"]
+    blocks = content.paper_parts("csl", "mini", (0,), root, root / "report")["tables"]
     assert [block["column"].labels for block in blocks] == [10, 20, 40]
     assert [bool(block["figure"]) for block in blocks] == [False, True, False]
     assert blocks[0]["new_notes"] == blocks[0]["notes"] == blocks[2]["notes"] and not blocks[2]["new_notes"]
@@ -306,11 +306,11 @@ def test_costs_of_a_paper():
         {"cost": {"train_seconds": s, "samples_per_second": r, "peak_memory_mib": m}, "device": d}
         for s, r, m, d in ((10.0, 900.0, 500.0, "cpu"), (70.0, 1500.0, 650.0, "cpu"), (31.0, 1000.0, 600.0, "H200"))
     ]
-    assert report.cost_row("X", rows, 5) == {
+    assert content.cost_row("X", rows, 5) == {
         "name": "X", "finished": 3, "planned": 5, "total": "1:51", "each": "10 to 70 s, median 31 s",
         "rate": "900 to 1,500", "memory": "650 MiB", "device": "cpu (2); H200 (1)",
     }  # fmt: skip
-    assert report.cost_row("X", [], 5)["total"] == ""
+    assert content.cost_row("X", [], 5)["total"] == ""
 
 
 def test_results_of_others_of_settings_that_this_code_does_not_have(root, tmp_path):
@@ -320,13 +320,13 @@ def test_results_of_others_of_settings_that_this_code_does_not_have(root, tmp_pa
     text = (tmp_path / "theirs.csv").read_text().replace('""passes"": 5', '""flux"": 5')
     (tmp_path / "theirs.csv").write_text(text)
     exchange.bring_in(tmp_path / "theirs.csv", "lab", root)
-    rows = report.of_others("mini", (0,), root)
+    rows = content.of_others("mini", (0,), root)
     assert rows[["method", "here", "there", "runs of both"]].to_dict("records") == [
         {"method": "ComMatch, flux = 5", "here": "not run", "there": shown, "runs of both": 0}
         for shown in ("40.00 (n = 1)", f"{100 * METRICS['ece_15']:.2f} (n = 1)")
     ]
     assert set(frame["exported_by"]) == {"unnamed"} == set(rows["exported by"])
-    assert report.of_others("tiny", (0,), root).empty
+    assert content.of_others("tiny", (0,), root).empty
 
 
 def test_a_checkout_gets_the_first_measured_table_and_the_claims(root, tmp_path):
