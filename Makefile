@@ -41,8 +41,9 @@ $(BIN)/python:
 reproduce: $(INSTALLED)
 	$(BIN)/python -m repro reproduce --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS))
 
+# A file of tests is one worker's, so that what its tests share is made once.
 test: $(INSTALLED)
-	$(PYTEST) tests --ignore=tests/browser --ignore=tests/cluster --ignore=tests/benchmarks --ignore=tests/optional
+	OMP_NUM_THREADS=1 $(PYTEST) -n logical --maxprocesses=8 --dist loadfile tests --ignore=tests/browser --ignore=tests/cluster --ignore=tests/benchmarks --ignore=tests/optional
 
 test-browser: $(INSTALLED)
 	$(PYTEST) tests/browser --timeout=600
