@@ -22,7 +22,7 @@ def test_shapes_types_and_classes():
     assert SMALL.masks.shape == (60, 64, 64) and SMALL.masks.dtype == torch.uint8
     assert SMALL.classes == ("background", *DEFAULT) and len(SMALL) == 60
     assert SMALL.masks.unique().tolist() == [0, 1, 2, 3, 4, 5]
-    assert scenes("train", 60, seed=3) is SMALL  # shared, not generated twice
+    assert scenes("train", 60, seed=3) is scenes("train", 60, seed=3)  # shared, not generated twice
 
 
 def test_a_scene_does_not_depend_on_how_many_there_are():
