@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def run_all(
     workers = workers or default_workers(device)
     expected = expected_seconds(waiting, root)
     total = sum(expected.values())
+    waiting = ordered(waiting, expected)
     if waiting:
         print(
             f"{len(waiting)} runs to do, {len(outcome.skipped)} finished before; {workers} at a time; "
@@ -90,6 +91,16 @@ def run_all(
     finally:
         bar.close()
     return outcome
+
+
+def ordered(waiting: Iterable[Experiment], expected: Mapping[Experiment, float]) -> deque[Experiment]:
+    """The quickest experiment, so that a first result comes soon, then the longest first, so that none is left alone.
+
+    expected: seconds. Equally long ones keep their order.
+    """
+    longest = sorted(waiting, key=lambda experiment: -expected[experiment])
+    quickest = min(longest, key=lambda experiment: expected[experiment], default=None)
+    return deque([quickest, *(item for item in longest if item is not quickest)] if longest else [])
 
 
 BAR = "{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left"

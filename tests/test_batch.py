@@ -188,3 +188,10 @@ def test_runs_use_the_interpreter_of_the_batch():
     assert worker.process.args[:4] == [sys.executable, "-m", "repro", "run"]
     worker.process.kill()
     worker.process.wait()
+
+
+def test_the_quickest_run_comes_first_then_the_longest():
+    items = [QUICK.with_(seed=seed) for seed in range(5)]
+    expected = dict(zip(items, (30.0, 5.0, 90.0, 30.0, 60.0), strict=True))
+    assert [item.seed for item in batch.ordered(items, expected)] == [1, 2, 4, 0, 3]
+    assert list(batch.ordered([], {})) == [] and list(batch.ordered(items[:1], expected)) == items[:1]

@@ -8,7 +8,8 @@ import hashlib
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -50,9 +51,13 @@ def build(scale: str, seeds: Sequence[int], root: Path, checkout: Path | None = 
     if page.exists() and made.exists() and read_json(made) == inputs:
         return page
     made.unlink(missing_ok=True)
-    parts = [paper_parts(name, scale, seeds, root, folder) for name in PAPERS]
-    between = across_parts(scale, seeds, root, folder)
-    write_pages(folder, scale, seeds, root, parts, between)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(max(1, runs.cores() - 1)) as pool:  # notebooks run while this process draws
+        executing = start_notebooks(pool, folder, scale, root)
+        parts = [paper_parts(name, scale, seeds, root, folder) for name in PAPERS]
+        between = across_parts(scale, seeds, root, folder)
+        executed = {name: notebook.result() for name, notebook in executing.items()}
+    write_pages(folder, scale, seeds, root, parts, between, executed)
     write_text(folder / "results.md", results_markdown(scale, seeds, parts))
     saved = committed.save(tables.collect(plan.select(scale=scale, seeds=seeds), root), folder / "runs.csv")
     if checkout is not None:
@@ -98,14 +103,15 @@ def _digest(paths: Iterable[Path]) -> str:
 
 
 def write_pages(
-    folder: Path, scale: str, seeds: Sequence[int], root: Path, parts: Sequence[dict], between: Sequence[dict]
-) -> None:
-    """All pages of the report. parts: `paper_parts` of each paper; between: `across_parts`."""
+    folder: Path, scale: str, seeds: Sequence[int], root: Path, parts: Sequence[dict], between: Sequence[dict],
+    executed: Mapping[str, Path],
+) -> None:  # fmt: skip
+    """All pages of the report. parts: `paper_parts` of each paper; between: `across_parts`; executed: notebooks."""
     site = [{"href": "index.html", "title": "Overview"}]
     site += [{"href": part["href"], "title": part["short"]} for part in parts]
     site += [{"href": "across.html", "title": "Across papers"}]
     every = {row["id"]: row for part in parts for row in part["runs"]}
-    notebooks = execute_notebooks(folder, scale, root, site)
+    notebooks = notebook_pages(folder, scale, executed, site)
     of_runs = pages.run_pages(root, folder, scale, site, {run: row["title"] for run, row in every.items()})
     common = {"site": site, "scale": scale, "seeds": ", ".join(map(str, seeds)), "spread": SPREAD}
     for part in parts:
@@ -164,24 +170,36 @@ def _commits(rows: Iterable[dict]) -> str:
     return " and ".join(sorted({f"commit {row['commit']}" for row in rows})) or "no run yet"
 
 
-def execute_notebooks(folder: Path, scale: str, root: Path, site: list[dict]) -> list[dict]:
-    """Run notebooks with papermill, each in a process of its own, and write a page of each.
+def start_notebooks(pool: ThreadPoolExecutor, folder: Path, scale: str, root: Path) -> dict[str, Future[Path]]:
+    """Name -> executed notebook, run by papermill in a process of its own.
 
     A notebook that would train is left out, so that pages never wait for a training.
     """
     source = PACKAGE.parent / "notebooks"
+    paths = {name: source / f"{name}.ipynb" for name in NOTEBOOKS}
+    return {
+        name: pool.submit(execute_notebook, path, folder / f"notebook-{name}.ipynb", scale, root)
+        for name, path in paths.items()
+        if path.exists() and not would_train(path, scale, root)
+    }
+
+
+def execute_notebook(path: Path, executed: Path, scale: str, root: Path) -> Path:
+    """Run one notebook; returns the executed one. Raises RuntimeError with the end of what papermill said."""
+    parameters = ["-p", "scale", scale, "-p", "runs_root", str(root)]
+    papermill = ["papermill", str(path), str(executed), *parameters, "--cwd", str(path.parent), "--no-progress-bar"]
+    done = subprocess.run([sys.executable, "-m", *papermill], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{path.name}: papermill failed\n{done.stderr[-3000:]}")
+    return executed
+
+
+def notebook_pages(folder: Path, scale: str, executed: Mapping[str, Path], site: list[dict]) -> list[dict]:
+    """A page of each executed notebook: its name, title and address."""
     made = []
-    for name in NOTEBOOKS:
-        path = source / f"{name}.ipynb"
-        if not path.exists() or would_train(path, scale, root):
-            continue
-        executed, page = (folder / f"notebook-{name}.{kind}" for kind in ("ipynb", "html"))
-        parameters = ["-p", "scale", scale, "-p", "runs_root", str(root)]
-        papermill = ["papermill", str(path), str(executed), *parameters, "--cwd", str(source), "--no-progress-bar"]
-        done = subprocess.run([sys.executable, "-m", *papermill], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{name}.ipynb: papermill failed\n{done.stderr[-3000:]}")
-        pages.notebook_page(executed, page, f"{name}.ipynb", f"Executed by papermill at scale {scale}.", site)
+    for name, notebook in executed.items():
+        page = folder / f"notebook-{name}.html"
+        pages.notebook_page(notebook, page, f"{name}.ipynb", f"Executed by papermill at scale {scale}.", site)
         made.append({"name": name, "title": f"{name}.ipynb", "href": page.name})
     return made
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -410,10 +411,20 @@ def test_executed_notebooks_become_pages(root, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "NOTEBOOKS", ("commatch", "pcre"))  # the second has no finished run here
     monkeypatch.setattr(report.subprocess, "run", papermill)
     (tmp_path / "report").mkdir()
-    made = report.execute_notebooks(tmp_path / "report", "mini", root, [])
+    with ThreadPoolExecutor() as pool:
+        executing = report.start_notebooks(pool, tmp_path / "report", "mini", root)
+    executed = {name: notebook.result() for name, notebook in executing.items()}
+    made = report.notebook_pages(tmp_path / "report", "mini", executed, [])
     assert made == [{"name": "commatch", "title": "commatch.ipynb", "href": "notebook-commatch.html"}]
     assert len(calls) == 1 and ["-p", "scale", "mini", "-p", "runs_root", str(root)] == calls[0][5:11]
     assert "</math> done" in (tmp_path / "report" / "notebook-commatch.html").read_text()
+
+
+def test_a_notebook_that_fails_is_named_with_what_was_said(root, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "NameError: x")
+    monkeypatch.setattr(report.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match=r"commatch\.ipynb: papermill failed\nNameError: x"):
+        report.execute_notebook(tmp_path / "commatch.ipynb", tmp_path / "done.ipynb", "mini", root)
 
 
 def test_agreement_has_the_rows_that_the_overview_reads():
