@@ -4,6 +4,8 @@ A figure takes experiments and a folder of runs and returns a matplotlib Figure;
 one line with a band. What was not run is named in the figure. Equal results give equal bytes through `style.save`.
 """
 
-from repro.plots import calibration, common, labels, masks, plane, scribbles, style, tags
+from repro.plots import calibration, common, labels, masks, plane, scribble_panels, scribbles, style, sweeps, tags
 
-__all__ = ["calibration", "common", "labels", "masks", "plane", "scribbles", "style", "tags"]
+__all__ = [
+    "calibration", "common", "labels", "masks", "plane", "scribble_panels", "scribbles", "style", "sweeps", "tags",
+]  # fmt: skip

@@ -14,6 +14,7 @@ from repro.checkpoints import save_state, write_json
 from repro.data.scribbles import reaches_of
 from repro.experiment import Experiment
 from repro.papers import PAPERS
+from repro.plots import scribble_panels as panels
 from repro.plots import scribbles as figures
 from repro.plots import style
 from repro.plots.plane import class_colours
@@ -262,7 +263,7 @@ def test_proposals_begin_with_the_second_stage(root):
 def test_scribbles_of_every_length_are_truth_where_a_pixel_is_reached(root):
     item, lengths = run("partial_ce"), (0, 30, 50, 80, 100)
     kept, colours = load_outputs(folder_of(item, root)), class_colours(6)
-    figure = figures.length_panels(item, root, images=2)
+    figure = panels.length_panels(item, root, images=2)
     for index, row in enumerate(np.array(figure.axes).reshape(2, 6)):
         truth = kept["pool_truth"][index].numpy()
         reach = reaches_of(truth[None])[0]
@@ -280,14 +281,14 @@ def test_scribbles_of_every_length_are_truth_where_a_pixel_is_reached(root):
 def test_of_scribbles_in_files_other_lengths_are_not_known(tmp_path):
     item = Experiment("trust_region", "partial_ce", "voc", 80, 0, "tiny")
     write_scribble_run(item, tmp_path)
-    said = texts(figures.length_panels(item, tmp_path))
+    said = texts(panels.length_panels(item, tmp_path))
     assert "Pascal VOC 2012, scribble length 80 %" in said and "other lengths of these scribbles are not known" in said
 
 
 def test_panels_are_picture_scribble_proposal_prediction_and_truth(root):
     item = run("robust_trust_region")
     kept, colours = load_outputs(folder_of(item, root)), class_colours(6)
-    figure = figures.proposal_panels(item, root, images=2)
+    figure = panels.proposal_panels(item, root, images=2)
     for index, row in enumerate(np.array(figure.axes).reshape(2, 5)):
         picture, scribble, *maps = (axes.images[0].get_array() for axes in row)
         assert (picture == kept["pool_images"][index].permute(1, 2, 0).numpy()).all()
@@ -310,16 +311,16 @@ def test_panels_are_picture_scribble_proposal_prediction_and_truth(root):
 def test_the_grey_of_a_picture_is_its_mean_over_colours():
     picture = np.array([[[0, 0, 0], [255, 255, 255], [30, 60, 90]]], dtype=np.uint8)
     scribbles = np.array([[255, 255, 2]], dtype=np.uint8)
-    shown = figures.scribbled(picture, scribbles, class_colours(6))
+    shown = panels.scribbled(picture, scribbles, class_colours(6))
     assert shown[0, 0] == pytest.approx([0.5] * 3) and shown[0, 1] == pytest.approx([1.0] * 3)
     assert shown[0, 2] == pytest.approx(class_colours(6)[2])
     scribbles[0, 2] = 255
-    assert figures.scribbled(picture, scribbles, class_colours(6))[0, 2] == pytest.approx([0.5 + 30 / 255] * 3)
+    assert panels.scribbled(picture, scribbles, class_colours(6))[0, 2] == pytest.approx([0.5 + 30 / 255] * 3)
 
 
 def test_methods_stand_beside_one_another_under_their_test_miou(root):
     shown = [run("partial_ce"), run("robust_trust_region"), run("full", 100)]
-    figure = figures.method_panels([*shown, run("adm")], root, images=1)
+    figure = panels.method_panels([*shown, run("adm")], root, images=1)
     first, colours = load_outputs(folder_of(shown[0], root)), class_colours(6)
     assert len(figure.axes) == 6
     for axes, item, name in zip(
@@ -334,7 +335,7 @@ def test_methods_stand_beside_one_another_under_their_test_miou(root):
 
 
 def test_seeds_of_a_method_are_told_apart(root):
-    said = texts(figures.method_panels(robust(), root, images=1))
+    said = texts(panels.method_panels(robust(), root, images=1))
     assert "seed 0" in said and "seed 1" in said
 
 
@@ -344,7 +345,7 @@ def test_runs_with_other_images_or_scribbles_are_not_shown_together(copied):
     for name, match in (("pool_images", "different training images"), ("pool_scribbles", "different scribbles")):
         save_state(folder / "outputs.safetensors", kept | {name: kept[name].flip(0)})
         with pytest.raises(SettingError, match=match):
-            figures.method_panels([run("partial_ce"), run("trust_region")], copied)
+            panels.method_panels([run("partial_ce"), run("trust_region")], copied)
 
 
 # Of all
@@ -356,9 +357,9 @@ def test_runs_with_other_images_or_scribbles_are_not_shown_together(copied):
         lambda root: figures.by_length([run("adm")], root),
         lambda root: figures.energy_curves([run("adm")], root),
         lambda root: figures.proposal_curves([run("adm")], root),
-        lambda root: figures.proposal_panels(run("adm"), root),
-        lambda root: figures.method_panels([run("adm")], root),
-        lambda root: figures.length_panels(run("adm"), root),
+        lambda root: panels.proposal_panels(run("adm"), root),
+        lambda root: panels.method_panels([run("adm")], root),
+        lambda root: panels.length_panels(run("adm"), root),
     ],
 )
 def test_missing_runs_are_named_in_the_figure(draw, root):
@@ -368,7 +369,7 @@ def test_missing_runs_are_named_in_the_figure(draw, root):
 
 def test_a_method_without_proposals_is_not_called_missing(root):
     for said in (
-        texts(figures.proposal_panels(run("partial_ce"), root)),
+        texts(panels.proposal_panels(run("partial_ce"), root)),
         texts(figures.proposal_curves([run("partial_ce")], root)),
     ):
         assert "nothing of this was kept: Partial CE" in said and NOT_RUN not in said
@@ -397,7 +398,7 @@ def test_the_papers_figures_have_names_of_their_own(root):
     [
         lambda root: figures.by_length([*robust(), run("full", 100)], root, {"full": NUMBERS["full"]}),
         lambda root: figures.energy_curves(robust(), root),
-        lambda root: figures.proposal_panels(run("robust_trust_region"), root, images=1),
+        lambda root: panels.proposal_panels(run("robust_trust_region"), root, images=1),
         lambda root: figures.robust_loss_curves(6),
     ],
 )

@@ -16,7 +16,7 @@ from repro.experiment import Experiment, resolve
 from repro.grids import Row
 from repro.papers import PAPERS
 from repro.papers.published import Reference
-from repro.plots import style
+from repro.plots import style, sweeps
 from repro.plots import tags as figures
 from repro.plots.plane import class_colours
 from repro.runs import folder_of, load_history, load_metrics, load_moments, load_outputs
@@ -350,7 +350,7 @@ def ticks(axes):
 
 def test_an_ablation_is_a_curve_over_its_parameter_with_published_ones_apart(swept):
     table = ABLATIONS["1e"]
-    cam, head, *published = figures.ablation_curves(table, "mini", (0, 1), swept).axes
+    cam, head, *published = sweeps.ablation_curves(table, "mini", (0, 1), swept).axes
     for axes, less in ((cam, 0), (head, 10)):
         line = axes.lines[0]
         assert line.get_xdata().tolist() == [1, 3, 4] and line.get_linestyle() == "-"  # of .5, 1, 1.5, 2, 2.5
@@ -372,7 +372,7 @@ def test_an_ablation_is_a_curve_over_its_parameter_with_published_ones_apart(swe
 
 
 def test_words_stay_in_the_tables_order_and_are_not_joined(swept):
-    cam, _, published, _ = figures.ablation_curves(ABLATIONS["1h"], "mini", (0, 1), swept).axes
+    cam, _, published, _ = sweeps.ablation_curves(ABLATIONS["1h"], "mini", (0, 1), swept).axes
     assert ticks(cam) == ["none", f"fixed\n{NOT_RUN}", "cosine"] and ticks(published) == ["none", "fixed", "cosine"]
     for axes, expected in ((cam, [41, 71]), (published, [75.0, 75.3, 76.3])):
         assert axes.lines[0].get_ydata() == pytest.approx(expected)
@@ -381,7 +381,7 @@ def test_words_stay_in_the_tables_order_and_are_not_joined(swept):
 
 def test_what_a_table_does_not_print_is_not_given(swept):
     table = replace(ABLATIONS["1e"], references=(Reference("PCRE", "Tab. 1e", "cam_miou", part="val"),))
-    *_, published, missing = figures.ablation_curves(table, "mini", (0,), swept).axes
+    *_, published, missing = sweeps.ablation_curves(table, "mini", (0,), swept).axes
     assert len(published.lines[0].get_xdata()) == 4 and len(missing.lines[0].get_xdata()) == 0
     assert all(tick.endswith("not given") for tick in ticks(missing))
 
@@ -389,7 +389,7 @@ def test_what_a_table_does_not_print_is_not_given(swept):
 def test_numbers_are_sorted_and_the_default_row_needs_no_override():
     table = ABLATIONS["1c"]
     rows = (Row("T = 10", "pcre", {"rounds": 10}), Row("default", "pcre"), Row("T = 1", "pcre", {"rounds": 1}))
-    found = figures.sweep(replace(table, rows=rows), table.small[0], "mini")
+    found = sweeps.sweep(replace(table, rows=rows), table.small[0], "mini")
     assert found.values == (1, 5, 10) and [row.label for row in found.rows] == ["T = 1", "default", "T = 10"]
     assert (found.symbol, found.default, found.numeric) == ("T", 5, True)
 
@@ -403,9 +403,9 @@ def test_numbers_are_sorted_and_the_default_row_needs_no_override():
 )
 def test_a_curve_has_one_setting_of_one_method(rows, root):
     table = replace(ABLATIONS["1a"], rows=rows)
-    assert figures.sweep(table, table.small[0], "mini") is None
+    assert sweeps.sweep(table, table.small[0], "mini") is None
     with pytest.raises(SettingError, match="more than one setting"):
-        figures.ablation_curves(table, "mini", (0,), root)
+        sweeps.ablation_curves(table, "mini", (0,), root)
 
 
 # All
