@@ -4,6 +4,6 @@ Each module is one explorer: pure functions that read a run and compute what a p
 `explore` of a module returns the widget or, where nobody watches, a figure at the starting position.
 """
 
-from repro.explore import margins, parts, proposals, regions, reliability, thresholds, weights
+from repro.explore import growth, labelling, margins, parts, proposals, regions, reliability, thresholds, weights
 
-__all__ = ["margins", "parts", "proposals", "regions", "reliability", "thresholds", "weights"]
+__all__ = ["growth", "labelling", "margins", "parts", "proposals", "regions", "reliability", "thresholds", "weights"]

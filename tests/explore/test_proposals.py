@@ -21,9 +21,10 @@ from repro.data.mask_views import MaskViews
 from repro.data.scenes import scenes
 from repro.data.scribbles import LENGTHS, reaches_of, scribbles_of
 from repro.experiment import Experiment
-from repro.explore import parts
+from repro.explore import labelling, parts
 from repro.explore import proposals as explore
-from repro.explore.proposals import NOTHING, Canvas, Explorer, Position, Saved, Stroke, view
+from repro.explore.labelling import NOTHING, Position, Saved, Stroke, view
+from repro.explore.proposals import Canvas, Explorer
 from repro.explore.weights import RIGHT, UNKNOWN, WRONG
 from repro.potts import contrast_grid, problems
 from repro.runs import folder_of
@@ -51,7 +52,7 @@ def run_outputs(length=1.0):
 
 def saved_run(length=1.0, **solver):
     """A run without a folder."""
-    arrays = (run_outputs(length)[name] for name in explore.NEEDED)
+    arrays = (run_outputs(length)[name] for name in labelling.NEEDED)
     names = scenes("train", COUNT, SIDE).classes
     return Saved(*arrays, names, length, SolverSettings(**solver), 8, "a run")
 
@@ -104,7 +105,7 @@ POSITIONS = [
 def test_energies_of_argmax_start_and_proposal_by_loops(moved):
     saved = saved_run()
     at = Position(1, **moved)
-    seen, scribbles = view(saved, at), explore.scribbles_at(saved, at).numpy()
+    seen, scribbles = view(saved, at), labelling.scribbles_at(saved, at).numpy()
     argmax, is_seed = saved.log_probs[1].float().argmax(0).numpy(), scribbles < K
     present = np.unique(scribbles[is_seed])
     allowed = present if at.restricted else np.arange(K)
@@ -128,7 +129,7 @@ def test_energies_of_argmax_start_and_proposal_by_loops(moved):
 
 
 @pytest.mark.parametrize("neighbours", [4, 8])
-@pytest.mark.parametrize("start", list(explore.STARTS))
+@pytest.mark.parametrize("start", list(labelling.STARTS))
 def test_the_proposal_is_the_best_labelling_of_a_small_image(neighbours, start):
     everything = np.ones((3, 3), bool)
     for seed in range(5):
@@ -186,46 +187,46 @@ def test_a_scribble_at_a_length_is_that_of_the_mask():
     exact = dataclasses.replace(saved, reach=torch.from_numpy(reaches_of(saved.truth.numpy())))
     for image, mask in enumerate(saved.truth.numpy()):
         for length in LENGTHS:
-            found = explore.scribbles_at(saved, Position(image, length))
+            found = labelling.scribbles_at(saved, Position(image, length))
             assert np.array_equal(found.numpy(), scribbles_of(mask, length)), (image, length)
         for length in np.arange(0, 101, 7) / 100:
             expected = scribbles_of(mask, length)
-            found = explore.scribbles_at(exact, Position(image, length)).numpy()
+            found = labelling.scribbles_at(exact, Position(image, length)).numpy()
             assert np.array_equal(found, expected)
-            half = explore.scribbles_at(saved, Position(image, length)).numpy()
+            half = labelling.scribbles_at(saved, Position(image, length)).numpy()
             assert (half[expected < 255] == expected[expected < 255]).all() and (half != expected).mean() < 0.005
-        none = explore.scribbles_at(saved, Position(image, NOTHING))
+        none = labelling.scribbles_at(saved, Position(image, NOTHING))
         assert (none == 255).all()
     own = dataclasses.replace(saved, scribbles=saved.scribbles.flip(0))
-    assert torch.equal(explore.scribbles_at(own, Position(0, 0.5)), own.scribbles[0])
+    assert torch.equal(labelling.scribbles_at(own, Position(0, 0.5)), own.scribbles[0])
 
 
 def test_strokes_are_three_pixels_wide_clipped_and_on_top():
     saved = saved_run()
-    across = explore.brushed(Stroke(1, (10, 5), (10, 20)), (SIDE, SIDE))
+    across = labelling.brushed(Stroke(1, (10, 5), (10, 20)), (SIDE, SIDE))
     expected = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     expected[9:12, 4:22] = True
     assert torch.equal(across, expected)
-    corner = explore.brushed(Stroke(1, (0, 0), (0, 0)), (SIDE, SIDE)).nonzero().tolist()
+    corner = labelling.brushed(Stroke(1, (0, 0), (0, 0)), (SIDE, SIDE)).nonzero().tolist()
     assert corner == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    beyond = explore.brushed(Stroke(1, (SIDE - 1, 30), (SIDE + 40, 30)), (SIDE, SIDE)).nonzero()
+    beyond = labelling.brushed(Stroke(1, (SIDE - 1, 30), (SIDE + 40, 30)), (SIDE, SIDE)).nonzero()
     assert beyond.tolist() == [[row, column] for row in (46, 47) for column in (29, 30, 31)]
-    slant = explore.brushed(Stroke(1, (5, 5), (9, 9)), (SIDE, SIDE))
+    slant = labelling.brushed(Stroke(1, (5, 5), (9, 9)), (SIDE, SIDE))
     assert all(slant[place - 1 : place + 2, place - 1 : place + 2].all() for place in range(5, 10))
     assert int(slant.sum()) == 9 + 4 * 5
 
     strokes = (Stroke(2, (0, 0), (47, 47)), Stroke(4, (0, 47), (47, 0)), Stroke(5, (24, 0), (24, 47)))
-    before = explore.scribbles_at(saved, Position(0, 0.8))
-    found, by_hand = explore.scribbles_at(saved, Position(0, 0.8, strokes)), before.clone()
+    before = labelling.scribbles_at(saved, Position(0, 0.8))
+    found, by_hand = labelling.scribbles_at(saved, Position(0, 0.8, strokes)), before.clone()
     for stroke in strokes:
-        by_hand[explore.brushed(stroke, (SIDE, SIDE))] = stroke.label
+        by_hand[labelling.brushed(stroke, (SIDE, SIDE))] = stroke.label
     assert torch.equal(found, by_hand) and (found[24] == 5).all() and found[0, 47] == 4
-    assert torch.equal(explore.scribbles_at(saved, Position(0, 0.8)), before), "nothing is written into"
+    assert torch.equal(labelling.scribbles_at(saved, Position(0, 0.8)), before), "nothing is written into"
     assert torch.equal(saved.scribbles, run_outputs()["pool_scribbles"])
-    alone = explore.scribbles_at(saved, Position(0, NOTHING, strokes[2:]))
+    alone = labelling.scribbles_at(saved, Position(0, NOTHING, strokes[2:]))
     assert (alone < 255).sum() == 3 * SIDE
     thin = dataclasses.replace(saved, width=1)
-    assert (explore.scribbles_at(thin, Position(0, NOTHING, strokes[2:])) < 255).sum() == SIDE
+    assert (labelling.scribbles_at(thin, Position(0, NOTHING, strokes[2:])) < 255).sum() == SIDE
     seen = view(saved, Position(0, NOTHING, strokes))
     assert seen.allowed == (2, 4, 5) and set(seen.proposal.labels.unique().tolist()) <= {2, 4, 5}
     assert seen.start.labels[10, 30] == 2, "the lowest label that is allowed, where background is not"
@@ -244,7 +245,7 @@ def test_without_any_scribble_every_label_is_allowed():
 @pytest.mark.parametrize("neighbours", [4, 8])
 def test_the_contrast_map_by_loops(neighbours):
     saved = small_run(4, 5, seed=2, padded=1)
-    found = explore.contrast_map(view(saved, Position(neighbours=neighbours)).grid)
+    found = labelling.contrast_map(view(saved, Position(neighbours=neighbours)).grid)
     image = (saved.images[0].double().numpy() / 255 - MEAN[:, None, None]) / STD[:, None, None]
     places, near = list(np.ndindex(3, 5)), {4: 1.1, 8: 1.5}[neighbours]
     squares = {
@@ -273,7 +274,7 @@ def test_the_table_and_the_heading_say_what_is_shown():
         assert rows[name][3:] == [f"{100 * share:.1f} %" for share in shares]
     said, words = explore.html(saved, at, seen), explore.text(saved, at, seen)
     assert all(cell in said and cell in words for name in names for cell in (name, *rows[name]))
-    seeds = (explore.scribbles_at(saved, at) < K).sum()
+    seeds = (labelling.scribbles_at(saved, at) < K).sum()
     heading = explore.heading(saved, at, seen)
     assert heading.startswith(f"Image 0 of the pool, 48 x 48 pixels: {seeds} seeds ({100 * seeds / 48**2:.1f} %) of ")
     pairs = 2 * 47 * 48 + 2 * 47**2
@@ -377,7 +378,7 @@ def test_every_control_changes_the_picture_and_the_table_and_back():
 
 def test_strokes_are_added_and_cleared_image_by_image(monkeypatch):
     explorer, solved = Explorer(saved_run()), []
-    original = explore.view
+    original = labelling.view
     monkeypatch.setattr(explore, "view", lambda *given: solved.append(given) or original(*given))
     before, drawn = explorer.numbers.value, explorer.picture.value
     for name, value in {"label": 3, "row": 0, "column": 40, "to_row": 30, "to_column": 47}.items():
@@ -433,18 +434,18 @@ def test_saved_are_the_arrays_and_the_stage_of_the_run(tmp_path):
     others = [asked("adm", 30), asked("partial_ce", 80), asked("grid_gd", 100)]
     for experiment in (own, *others):
         write_run(folder_of(experiment, tmp_path), run_outputs())
-    saved = explore.load_saved(own, tmp_path)
+    saved = labelling.load_saved(own, tmp_path)
     for name in ("images", "truth", "scribbles", "reach", "log_probs"):
         assert torch.equal(getattr(saved, name), run_outputs()[f"pool_{name}"])
     assert saved.classes[1] == "Trouser" and saved.length == 1.0 and saved.neighbours == 4 and saved.width == 2
     assert saved.solver == SolverSettings(100.0, 0.3, sweeps=2, back_end="ortools")
-    assert view(saved, explore.starting(saved)).proposal.energy > 0, "whatever back end the run had"
+    assert view(saved, labelling.starting(saved)).proposal.energy > 0, "whatever back end the run had"
     for experiment, gamma in zip(others, (0.1, 0.075, 0.05), strict=True):
-        saved = explore.load_saved(experiment, tmp_path)
+        saved = labelling.load_saved(experiment, tmp_path)
         assert saved.solver == SolverSettings(100.0, gamma), experiment.method
         assert (saved.neighbours, saved.width) == (8, 1)
-    assert explore.released(0.42) == SolverSettings(100.0, 0.1)
-    assert "scribble length 80 %" in explore.load_saved(others[1], tmp_path).title
+    assert labelling.released(0.42) == SolverSettings(100.0, 0.1)
+    assert "scribble length 80 %" in labelling.load_saved(others[1], tmp_path).title
 
 
 def test_controls_only_where_somebody_can_move_them(tmp_path, monkeypatch):

@@ -20,8 +20,10 @@ from repro.checkpoints import save_state, write_json
 from repro.data.masks import tags_of
 from repro.data.scenes import scenes
 from repro.experiment import Experiment, TagRecipe
+from repro.explore import growth
 from repro.explore import regions as explore
-from repro.explore.regions import Canvas, Explorer, Position, Saved, activation, measure, view
+from repro.explore.growth import Position, Saved, activation, measure, view
+from repro.explore.regions import Canvas, Explorer
 from repro.methods.image_tags import METHODS, losses
 from repro.methods.image_tags.pcre import PCRESettings
 from repro.methods.image_tags.regions import refined_regions, shown_classes
@@ -108,7 +110,7 @@ def shown(saved, image):
     return saved.tags[image].nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("source", list(explore.SOURCES))
+@pytest.mark.parametrize("source", list(growth.SOURCES))
 @pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.5), SCALES])
 def test_maps_are_normalised_sums_and_labels_the_largest_above_beta(source, scales):
     saved = saved_run(regions=False)
@@ -177,7 +179,7 @@ def regions_by_loops(saved, image, radius, rules):
 
 def test_the_region_and_the_fused_map_are_the_methods_own():
     saved = saved_run(tau=0.6, rounds=4, fusion=0.45)
-    at = explore.starting(saved)
+    at = growth.starting(saved)
     pairs = shown_classes(saved.tags[:1])
     own = PCRESettings(tau=0.6, rounds=4).expansion
     found = refined_regions(saved.masks[:1].float(), saved.confidence[:1], pairs, (SIDE, SIDE), own)
@@ -247,7 +249,7 @@ def test_numbers_by_hand():
 
 def test_the_table_measures_what_is_shown():
     saved = saved_run()
-    at = dataclasses.replace(explore.starting(saved), share=0.4)
+    at = dataclasses.replace(growth.starting(saved), share=0.4)
     image, channel = at.pair
     seen, known = view(saved, at), saved.truth[image] != 255
     rows = {name: cells for name, *cells in explore.table_rows(saved, at)}
@@ -268,9 +270,9 @@ def test_the_table_measures_what_is_shown():
 
 def test_the_heading_says_where_the_run_differs_or_lacks_masks():
     saved, plain = saved_run(expand=False, mask_scales="1"), saved_run(regions=False)
-    assert "T does nothing" in explore.heading(saved, explore.starting(saved))
-    assert "mixes in those of scales 1 and" in explore.heading(saved, explore.starting(saved))
-    at = explore.starting(plain)
+    assert "T does nothing" in explore.heading(saved, growth.starting(saved))
+    assert "mixes in those of scales 1 and" in explore.heading(saved, growth.starting(saved))
+    at = growth.starting(plain)
     assert at.scales == SCALES and "they need PCRE's confidences" in explore.heading(plain, at)
     assert "knows no class" in explore.heading(plain, dataclasses.replace(at, source="rollout"))
     assert len(explore.table_rows(plain, at)) == 1 and len(Canvas(plain).tiles(at, view(plain, at))) == 4
@@ -390,13 +392,13 @@ def write_run(experiment, root, found):
 def test_saved_are_the_arrays_of_the_run(tmp_path):
     found, pcre = run_outputs(), PCRE.with_(tau=0.8, beta=0.45)
     write_run(pcre, tmp_path, found)
-    saved = explore.load_saved(pcre, tmp_path)
+    saved = growth.load_saved(pcre, tmp_path)
     for name in ("images", "truth", "tags"):
         assert torch.equal(getattr(saved, name), found[f"test_{name}"][:EXAMPLES])
     for name in ("cam", "gradcam", "rollout", "confidence", "masks"):
         assert torch.equal(getattr(saved, name), found[f"explore_{name}"])
     assert saved.scales == SCALES and saved.classes[1] == "Trouser" and saved.grid == (GRID, GRID)
-    start = explore.starting(saved)
+    start = growth.starting(saved)
     assert (start.threshold, start.beta) == (0.8, 0.45)
 
 
