@@ -73,7 +73,8 @@ class Table:
     has.
     small: the columns of `mini` and `tiny`. published: numbers to look references up in. references:
     published columns.
-    note: what the reader has to know about its published cells.
+    note: what the reader has to know about its published cells. varies: whether it is an ablation, whose rows are
+    compared with the one that changes nothing, on the seeds that both have.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Table:
     references: tuple["Reference", ...] = ()
     metrics: tuple[str, ...] = CALIBRATED
     note: str = ""
+    varies: bool = False
 
     def columns_at(self, scale: str) -> tuple[Column, ...]:
         """The measured columns of a scale."""
@@ -137,7 +139,7 @@ def ablation(
     for label, overrides in variations:
         settings = {key: value for key, value in overrides.items() if key != "method"}
         rows.append(Row(label, overrides.get("method", base), settings, published=(label,)))
-    return Table(name, title, paper, tuple(rows), columns, small, **more)
+    return Table(name, title, paper, tuple(rows), columns, small, **more, varies=True)
 
 
 def experiment(paper: str, row: Row, column: Column, scale: str, seed: int) -> Experiment:

@@ -115,7 +115,8 @@ def compare(
 
     rule: a key of RULES. weights: a key of WEIGHTS.
     Columns: row, method, data, labels, scale, rule, weights, finished (runs), planned (seeds), metric, mean,
-    sd, n.
+    sd, n; and of an ablation's row less its default (`defaults`), on the seeds that both have, less_mean, less_sd,
+    less_n.
     """
     check_reporting(rule, weights)
     frame = collect(table.experiments(scale, seeds), root)
@@ -124,15 +125,52 @@ def compare(
     done = set(frame.loc[frame["status"] == FINISHED, "run"])
     rows = []
     for column in table.columns_at(scale):
+        default = defaults(table, column, scale)
         for row in table.rows:
             runs = [run_id(item) for item in table.cell(row, column, scale, seeds)]
+            other = default.get(row.label, row)
+            pairs = zip(runs, (run_id(item) for item in table.cell(other, column, scale, seeds)), strict=True)
+            pairs = [] if other is row else list(pairs)
             cell = {"row": row.label, "method": row.method, **dataclasses.asdict(column)}
             cell |= {"scale": scale, "rule": rule, "weights": weights}
             counts = {"finished": sum(run in done for run in runs), "planned": len(runs)}
             for metric in table.metrics:
                 summary = summarise(values[run, metric] for run in runs if (run, metric) in values)
-                rows.append(cell | {"metric": metric} | dataclasses.asdict(summary) | counts)
+                found = [[values.get((run, metric), math.nan) for run in pair] for pair in pairs]
+                apart = [one - two for one, two in found]
+                less = {f"less_{name}": value for name, value in dataclasses.asdict(summarise(apart)).items()}
+                rows.append(cell | {"metric": metric} | dataclasses.asdict(summary) | less | counts)
     return pd.DataFrame(rows)
+
+
+def defaults(table: Table, column: Column, scale: str) -> dict[str, Row]:
+    """Label -> the row of the same method that changes nothing, where the table is an ablation and has one.
+
+    What all rows set alike, such as CalibrateMix's base, is no change.
+    """
+    if not table.varies:
+        return {}
+    common = set.intersection(*(set(row.overrides.items()) for row in table.rows))
+    plain = {}
+    for row in table.rows:
+        own = experiment(table.paper, row, column, scale, 0)
+        if run_id(own) == run_id(dataclasses.replace(own, overrides=tuple(common))):
+            plain[row.method] = row
+    return {row.label: plain[row.method] for row in table.rows if row.method in plain}
+
+
+def shared_seeds(
+    table: Table, column: Column, scale: str, seeds: Sequence[int], root: Path | None = None
+) -> tuple[int, ...]:
+    """The seeds that all rows with a finished run have finished: with others beside them, rows differ in their seeds.
+
+    All of `seeds` where rows share none.
+    """
+    finished = [
+        {item.seed for item in table.cell(row, column, scale, seeds) if is_finished(item, root)} for row in table.rows
+    ]
+    shared = set(seeds).intersection(*filter(None, finished))
+    return tuple(seed for seed in seeds if seed in shared) or tuple(seeds)
 
 
 def check_reporting(rule: str, weights: str) -> None:
@@ -182,6 +220,13 @@ def layout(table: Table, frame: pd.DataFrame, column: Column, beside: Column | N
         rows = [part.loc[(row.label, metric)] for row in table.rows]
         cells[measured, METRICS[metric].title] = [
             show(_summary(row), METRICS[metric], row["planned"], row["finished"]) for row in rows
+        ]
+    first = METRICS[table.metrics[0]]
+    if part["less_n"].any():
+        default = defaults(table, column, scale)
+        cells[measured, f"{first.name} less the default's, same seeds{' (points)' * first.percent}"] = [
+            "" if default.get(row.label, row) is row else _less(part.loc[(row.label, table.metrics[0])], first)
+            for row in table.rows
         ]
     beside = beside or _published_beside(table, column)
     for reference in table.references:
@@ -255,6 +300,14 @@ def _summary(row: pd.Series) -> Summary:
     if row["n"] == 0:
         return Summary(None, None, 0)
     return Summary(row["mean"], None if row["n"] < 2 else row["sd"], int(row["n"]))
+
+
+def _less(row: pd.Series, metric: Metric) -> str:
+    """`+0.12 ± 0.34 (n = 5)`: a mean difference."""
+    if row["less_n"] == 0:
+        return NOT_RUN
+    spread = "" if row["less_n"] < 2 else f" ± {metric.show(row['less_sd'])}"
+    return f"{metric.show(row['less_mean'], signed=True)}{spread} (n = {int(row['less_n'])})"
 
 
 def _published(table: Table, row: Row, column: Column, reference: Reference) -> Published:

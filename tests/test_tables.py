@@ -13,6 +13,7 @@ from repro.calibration import all_metrics
 from repro.checkpoints import CorruptFile, read_json, write_json
 from repro.grids import CALIBRATED, MASKED, MASKS, Column, Row, Table
 from repro.metrics import METRICS
+from repro.papers import PAPERS
 from repro.papers.published import Published, Reference
 from repro.runs import folder_of
 from repro.settings import SettingError
@@ -396,3 +397,44 @@ def test_html_holds_every_cell_escaped():
     frame = pd.DataFrame({"h": ["1 < 2", "<b>"]}, index=["r", "s"])
     parser.feed(tables.to_html(frame))
     assert [text for text in texts if text] == ["h", "r", "1 < 2", "s", "<b>"]
+
+
+PASSES = PAPERS["commatch"].ABLATIONS["passes"]
+
+
+def write_passes(root, errors):
+    """Runs of the ablation of dropout passes. errors: by number of passes, then seed."""
+    for row in PASSES.rows:
+        for seed, error in errors.get(row.overrides["passes"], {}).items():
+            write_run(PASSES.cell(row, PASSES.small[0], "mini", (seed,))[0], root, error=error)
+
+
+def test_an_ablations_rows_are_compared_with_its_default_on_the_seeds_that_both_have(tmp_path):
+    write_passes(tmp_path, {10: {0: 0.20, 1: 0.40, 2: 0.30}, 2: {0: 0.21}, 5: {0: 0.19, 2: 0.32, 3: 0.9}})
+    frame = compare(PASSES, "mini", range(4), tmp_path)
+    error = frame[frame["metric"] == "error"].set_index("row")
+    assert error.loc["T = 10 (default)", "n"] == 3 and error.loc["T = 10 (default)", "less_n"] == 0
+    assert error.loc["T = 2", "less_mean"] == pytest.approx(0.01) and error.loc["T = 2", "less_n"] == 1
+    assert error.loc["T = 5", "less_mean"] == pytest.approx(0.005) and error.loc["T = 5", "less_n"] == 2
+    assert error.loc["T = 5", "less_sd"] == pytest.approx(math.sqrt(0.015**2 + 0.015**2))
+    laid = layout(PASSES, frame, PASSES.small[0])
+    (less,) = [column for column in laid if "less the default's, same seeds (points)" in column[1]]
+    assert laid[less].to_dict() == {
+        "T = 2": "+1.00 (n = 1)", "T = 5": "+0.50 ± 2.12 (n = 2)", "T = 10 (default)": "", "T = 20": "not run",
+    }  # fmt: skip
+
+
+def test_seeds_that_rows_share_leave_out_rows_that_did_not_run(tmp_path):
+    write_passes(tmp_path, {10: {0: 0.2, 1: 0.4}, 2: {1: 0.2, 2: 0.3}})
+    assert tables.shared_seeds(PASSES, PASSES.small[0], "mini", range(5), tmp_path) == (1,)
+    write_passes(tmp_path, {20: {3: 0.2}})
+    assert tables.shared_seeds(PASSES, PASSES.small[0], "mini", (0, 3), tmp_path) == (0, 3)
+
+
+@pytest.mark.parametrize("paper", PAPERS.values(), ids=PAPERS)
+def test_every_row_of_an_ablation_has_a_default_and_no_row_of_a_table_of_methods(paper):
+    for table in paper.TABLES.values():
+        assert tables.defaults(table, table.columns[0], "paper") == {}
+    for table in paper.ABLATIONS.values():
+        default = tables.defaults(table, table.small[0], "mini")
+        assert set(default) == {row.label for row in table.rows}

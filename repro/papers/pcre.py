@@ -116,7 +116,8 @@ def _ablation(
     stated = [Reference("PCRE", printed, metric, part="val") for metric in ("cam_miou", "miou")] if printed else []
     metrics = ("cam_miou", "miou", "over_activation_mean", "ece_15")
     return Table(
-        name, title, "pcre", made, (VOC,), (SCENES,), PUBLISHED if stated else (), tuple(stated), metrics, note
+        name, title, "pcre", made, (VOC,), (SCENES,), PUBLISHED if stated else (), tuple(stated), metrics, note,
+        varies=True,
     )
 
 

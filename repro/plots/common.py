@@ -20,7 +20,16 @@ from repro.papers.published import NOT_AVAILABLE
 from repro.plots import style
 from repro.plots.style import Drawing, by_seed, label_of, message, style_of, themed, where
 from repro.runs import folder_of, is_finished, load_history, load_metrics
-from repro.tables import METRICS, NOT_RUN, RULES, WEIGHTS, check_reporting, published_grid, summarise
+from repro.tables import (
+    METRICS,
+    NOT_RUN,
+    RULES,
+    WEIGHTS,
+    check_reporting,
+    published_grid,
+    shared_seeds,
+    summarise,
+)  # fmt: skip
 
 TERMS = {"supervised": style.GREY, "positive": style.GREEN, "negative": style.ORANGE, "consistency": style.BLUE}
 LINES = ("-", "--", "-.", ":")
@@ -155,10 +164,13 @@ def table_points(
 ) -> Figure:  # fmt: skip
     """Rows of a table or an ablation as points: seeds, mean and deviation; the paper's own cell at the right.
 
-    column: of the table at this scale, by default its first. rule, weights: as in `tables.compare`.
+    column: of the table at this scale, by default its first. rule, weights: as in `tables.compare`. Of an ablation only
+    seeds that its rows share are drawn.
     """
     check_reporting(rule, weights)
     place = column or table.columns_at(scale)[0]
+    if table.varies:
+        seeds = shared_seeds(table, place, scale, seeds, root)
     cells = [table.cell(row, place, scale, seeds) for row in table.rows]
     figure = Drawing(figsize=(9.5, 0.42 * len(cells) + 1.9), layout="constrained")
     heading = f"{place.title}, {scale} scale, {RULES[rule]}, {WEIGHTS[weights]}"

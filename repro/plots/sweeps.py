@@ -19,7 +19,7 @@ from repro.plots import style
 from repro.plots.style import Drawing, style_of, themed
 from repro.runs import is_finished
 from repro.settings import SettingError
-from repro.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
+from repro.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, shared_seeds, summarise
 
 SHORT = {"cam_miou": "CAM mIoU", "miou": "segmentation mIoU"}  # what the paper's ablations print
 
@@ -70,12 +70,13 @@ def ablation_curves(
 ) -> Figure:  # fmt: skip
     """Measured CAM and segmentation mIoU against the setting that an ablation changes; published ones in own panels.
 
-    Values are in order and evenly spaced; words are not joined by a line. rule, weights: as in `tables.compare`.
+    Values are in order and evenly spaced; words are not joined by a line. Only seeds that the rows share are drawn.
+    rule, weights: as in `tables.compare`.
     Raises SettingError for an ablation that changes more than one setting.
     """
     check_reporting(rule, weights)
     column = table.columns_at(scale)[0]
-    swept = sweep(table, column, scale)
+    seeds, swept = shared_seeds(table, column, scale, seeds, root), sweep(table, column, scale)
     if swept is None:
         raise SettingError(f"rows of {table.name} differ in more than one setting; a curve has one on its axis")
     figure = Drawing(figsize=(10, 3.5), layout="constrained")

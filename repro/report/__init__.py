@@ -30,7 +30,10 @@ SUMMARY = (
     "run. Numbers of a small scale stand in columns of their own and decide claims only for the data and scale named; "
     "published numbers carry their source. There is a page for each paper, in the shape of a report of a reproduction."
 )
-SPREAD = "Cells: mean ± standard deviation over n seeds. Last evaluation of the averaged (EMA) weights."
+SPREAD = (
+    "Cells: mean ± standard deviation over n seeds. Last evaluation of the averaged (EMA) weights. Rows of an ablation "
+    "may have other seeds than its default; the column of differences, and its figures, take only seeds that both have."
+)
 CONTENTS = (
     ("claims", "Claims"), ("method", "Method"), ("deviations", "Deviations"), ("easy", "What was easy"),
     ("difficult", "What was difficult"), ("tables", "Tables"), ("ablations", "Ablations"), ("figures", "Figures"),

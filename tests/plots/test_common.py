@@ -150,6 +150,18 @@ def test_the_published_cells_are_of_the_first_reference_that_has_a_number(tmp_pa
         assert f"mIoU, {references[-1].title}" in texts(axes).replace("\n", " ")
 
 
+def test_an_ablation_draws_the_seeds_that_its_rows_share(tmp_path):
+    table, ran = PAPERS["commatch"].ABLATIONS["passes"], {"T = 10 (default)": (0, 1), "T = 2": (1,)}
+    for row in table.rows:
+        for seed in ran.get(row.label, ()):
+            experiment = table.cell(row, table.small[0], "tiny", (seed,))[0]
+            write_run(tmp_path, experiment, accuracy=(0.2, 0.5 + seed / 10))
+    figure = common.table_points(table, "tiny", range(3), tmp_path)
+    dots = [line.get_xdata().tolist() for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert dots == [[pytest.approx(40)], [pytest.approx(40)]]
+    assert "small: seeds 1; large" in texts(figure)
+
+
 @pytest.mark.parametrize(
     "draw",
     [
