@@ -268,14 +268,15 @@ def notes(table: Table, column: Column, scale: str, beside: Column | None = None
             number = _published(table, row, beside, reference)
             if number.value is None:
                 continue
-            facts = [number.encoder, number.setting, f"read from {number.source}"]
+            setting = "" if table.varies else number.setting  # of an ablation the row itself says it
+            facts = [number.encoder, setting, f"read from {number.source}"]
             if reason := incomparable(number, experiment(table.paper, row, column, scale, 0)):
                 facts.append(f"no difference taken: {reason}")
             known.setdefault("; ".join(filter(None, facts)), []).append(row.label)
         lines += [f"{reference.title}: {facts} ({', '.join(rows)})." for facts, rows in known.items()]
         if not known:
             lines.append(f"{reference.title}: {NOT_AVAILABLE} for {beside.title}.")
-    return lines
+    return list(dict.fromkeys(lines))  # two metrics of one printed table have the same
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
