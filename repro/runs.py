@@ -30,8 +30,9 @@ from repro.checkpoints import CorruptFile, atomic_path, load_state, read_json, s
 from repro.experiment import Experiment, Recipe, record, resolve, run_id
 from repro.history import History
 from repro.papers import PAPERS
+from repro.randomness import seed_everything
 from repro.settings import SettingError
-from repro.training import CHECKPOINT, MOMENTS, Interrupted, seed_everything, train
+from repro.training import CHECKPOINT, MOMENTS, Interrupted, train
 
 PACKAGES = ("torch", "numpy", "pandas", "datasets", "pyarrow", "scipy", "pillow", "safetensors")
 

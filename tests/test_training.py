@@ -15,6 +15,7 @@ from torch import nn
 
 from repro.checkpoints import CorruptFile, load_state
 from repro.history import History
+from repro.randomness import hash_seed, seed_everything
 from repro.training import (
     CHECKPOINT,
     MOMENTS,
@@ -24,8 +25,6 @@ from repro.training import (
     Losses,
     Method,
     NonFiniteLoss,
-    hash_seed,
-    seed_everything,
     train,
 )
 

@@ -23,7 +23,8 @@ from repro.methods.image_tags.losses import refine_loss
 from repro.methods.image_tags.pcre_network import RegionDecoder
 from repro.models.vit import LAYOUTS
 from repro.optimisation import make_optimiser
-from repro.training import Items, Now, seed_everything
+from repro.randomness import seed_everything
+from repro.training import Items, Now
 
 STEPS, STAGES = 100, {"warm-up": 5, "masks learn": 25, "masks are mixed in": 60}
 CASES = {

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from repro import optimisation
 from repro.experiment import Experiment, resolve
 from repro.methods.few_labels import task as tasks
-from repro.training import seed_everything, train
+from repro.randomness import seed_everything
+from repro.training import train
 
 
 def loop_seconds(experiment: Experiment, steps: int) -> float:

@@ -14,8 +14,9 @@ from repro.experiment import Experiment, resolve
 from repro.methods.few_labels import METHODS, task
 from repro.optimisation import Ema
 from repro.papers import PAPERS, commatch
+from repro.randomness import seed_everything
 from repro.settings import SettingError
-from repro.training import Items, Now, seed_everything, train
+from repro.training import Items, Now, train
 from tests.data.fixtures import small
 
 ROWS = {"cifar10": (40, 20), "cifar100": (200, 100), "svhn": (40, 20)}

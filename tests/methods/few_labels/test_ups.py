@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from repro.methods.few_labels.ups import UPS, UPSSettings, balance, batch_shares, reject
-from repro.training import Interrupted, seed_everything, train
+from repro.randomness import seed_everything
+from repro.training import Interrupted, train
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

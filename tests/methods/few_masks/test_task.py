@@ -21,10 +21,11 @@ from repro.experiment import Experiment, resolve
 from repro.history import History
 from repro.methods.few_masks import METHODS, task
 from repro.models.pretrained import WeightsError
+from repro.randomness import seed_everything
 from repro.runs import execute, folder_of, load_history, load_metrics, load_moments, load_outputs
 from repro.segmentation import sliding_window, whole_image
 from repro.settings import SettingError
-from repro.training import CHECKPOINT, Interrupted, Items, Now, seed_everything
+from repro.training import CHECKPOINT, Interrupted, Items, Now
 from tests.data import mask_fixtures
 from tests.data.mask_fixtures import mask_of, name_of, size_of, small_cityscapes, small_voc
 from tests.methods.few_labels.test_task import NoWaiting

@@ -24,10 +24,11 @@ from repro.methods.image_tags.regions import refined_regions, shown_classes
 from repro.methods.image_tags.task import cam_report, prepare, spread, thresholds
 from repro.models.pretrained import WeightsError
 from repro.models.vit import DILATIONS
+from repro.randomness import seed_everything
 from repro.runs import load_moments
 from repro.segmentation import confusion, iou, mean_iou
 from repro.settings import SettingError
-from repro.training import Interrupted, Items, Now, seed_everything, train
+from repro.training import Interrupted, Items, Now, train
 from tests.data import mask_fixtures
 from tests.data.mask_fixtures import mask_of, name_of, size_of, small_voc, tag_coco, tag_voc, tags_of_number
 from tests.methods.few_labels.test_task import NoWaiting

@@ -22,9 +22,10 @@ from repro.experiment import Experiment, ScribbleRecipe, resolve
 from repro.methods.scribbles import METHODS, settings_for, task
 from repro.models.pretrained import WeightsError
 from repro.papers import PAPERS
+from repro.randomness import seed_everything
 from repro.runs import execute, folder_of, load_history, load_metrics, load_moments, load_outputs
 from repro.settings import SettingError
-from repro.training import CHECKPOINT, Interrupted, Items, Now, seed_everything
+from repro.training import CHECKPOINT, Interrupted, Items, Now
 from tests.data.mask_fixtures import mask_of, name_of, size_of
 from tests.data.test_scribbles import write_scribbles
 from tests.methods.few_labels.test_task import NoWaiting

@@ -12,7 +12,8 @@ from repro.evaluation import PixelMonitor
 from repro.methods.scribbles import trust_region as module
 from repro.methods.scribbles.proposals import refresh
 from repro.methods.scribbles.trust_region import RobustTrustRegion, TrustRegion
-from repro.training import Interrupted, seed_everything, train
+from repro.randomness import seed_everything
+from repro.training import Interrupted, train
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, START, build
 from tests.methods.scribbles.test_steps import Short
