@@ -32,8 +32,8 @@ SUMMARY = (
 )
 SPREAD = (
     "Cells: mean ± standard deviation over n seeds. Last evaluation of the averaged (EMA) weights. Rows of an ablation "
-    "may have other seeds than its default: its column of differences takes the seeds that both have, its figures those "
-    "that all rows have."
+    "may have other seeds than its default: its column of differences takes the seeds that both have, its figures "
+    "those that all rows have."
 )
 CONTENTS = (
     ("claims", "Claims"), ("method", "Method"), ("deviations", "Deviations"), ("easy", "What was easy"),
