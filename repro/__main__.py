@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--scale", default="mini", help="tiny, mini or paper (default: mini)")
     report.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
     report.add_argument("--runs", type=Path, help=RUNS)
+    report.add_argument(
+        "--publish", action="store_true", help="renew figures/ and README.md too, where no committed run is dropped"
+    )
     report.set_defaults(call=_report)
 
     export = commands.add_parser("export", help="finished runs as one tidy table, a row a run and metric")
@@ -165,11 +168,15 @@ def _rerun(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from repro import report, runs
     from repro.experiment import SCALES
+    from repro.reproduce import CHECKOUT, unpublished
     from repro.settings import unknown
 
     if options.scale not in SCALES:
         raise unknown("scale", options.scale, SCALES)
-    print(report.build(options.scale, tuple(_seeds(options)), options.runs or runs.runs_folder()))
+    seeds, root = tuple(_seeds(options)), options.runs or runs.runs_folder()
+    if options.publish and (reason := unpublished(options.scale, seeds, root)):
+        raise SettingError(f"not published: {reason}; train it, or delete figures/runs.csv first if it is to go")
+    print(report.build(options.scale, seeds, root, CHECKOUT if options.publish else None))
     return 0
 
 

@@ -4,11 +4,14 @@ The second has a row a run, reporting rule and kind of weights, and a column a m
 the run does not have, `nan` one that it could not define. Numbers are written so that they are read back bit by bit.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from repro.checkpoints import atomic_path
+from repro.experiment import Experiment, run_id
+from repro.runs import is_finished
 
 KEY = ["run", "rule", "weights"]
 OF_NUMBERS = ["status", "rule", "weights", "selected_on_test", "metric", "value"]
@@ -41,6 +44,12 @@ def load_runs(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=["run", "finished"], dtype=str)
     return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def lost(path: Path, experiments: Iterable[Experiment], root: Path) -> list[str]:
+    """The committed runs that results of `experiments` would lack: not among them, or not finished in `root`."""
+    there = {run_id(experiment) for experiment in experiments if is_finished(experiment, root)}
+    return [run for run in load_runs(path)["run"] if run not in there]
 
 
 def load_numbers(path: Path, rule: str = "last", weights: str = "ema") -> pd.DataFrame:

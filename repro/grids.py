@@ -30,13 +30,17 @@ SCRIBBLES = "scribble length {} %"  # every image has its scribbles
 
 @dataclass(frozen=True)
 class Row:
-    """A row: a method under changed settings. published: what the sources call it, the preferred name
-    first."""
+    """A row: a method under changed settings.
+
+    published: what the sources call it, the preferred name first. labels: the budget of a method that ignores the
+    column's, so that its cells share their runs; None takes the column's.
+    """
 
     label: str
     method: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     published: tuple[str, ...] = ()
+    labels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,14 @@ class Table:
         return [experiment(self.paper, row, column, scale, seed) for seed in checked_seeds(seeds)]
 
     def experiments(self, scale: str = "mini", seeds: Sequence[int] = (0, 1)) -> list[Experiment]:
-        """Every experiment that fills the table at `scale`, seed by seed, so that a whole seed is done
-        first."""
-        return [
+        """Every experiment that fills the table at `scale`, once, seed by seed, so that a whole seed is done first."""
+        every = (
             experiment(self.paper, row, column, scale, seed)
             for seed in checked_seeds(seeds)
             for column in self.columns_at(scale)
             for row in self.rows
-        ]
+        )
+        return list(dict.fromkeys(every))
 
     def only(self, rows: Iterable[str] | None = None, small: Iterable[Column] | None = None) -> "Table":
         """The same table with these rows (by label) and these columns at small scales."""
@@ -144,9 +148,8 @@ def ablation(
 
 def experiment(paper: str, row: Row, column: Column, scale: str, seed: int) -> Experiment:
     """The experiment of a row, a column, a scale and a seed."""
-    return Experiment(
-        paper, row.method, column.data, column.labels, seed, scale, tuple(row.overrides.items())
-    )
+    labels = column.labels if row.labels is None else row.labels
+    return Experiment(paper, row.method, column.data, labels, seed, scale, tuple(row.overrides.items()))
 
 
 def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ def reproduce(
 
     scale: `tiny`, `mini` or `paper`. seeds: how many, from 0. workers: runs at a time, 0 for one a core.
     root: folder of runs. Figures and tables stand beside the report; those of a `mini` job in the usual folder also go
-    to the checkout's `figures/` and README.md, unless what is committed there comes from more seeds.
+    to the checkout's `figures/` and README.md, unless runs that are committed there would be dropped.
     Numbers that disagree with the committed ones are told, and do not change the status.
     """
     if scale not in SCALES:
@@ -44,9 +44,11 @@ def reproduce(
     outcome = run_all(experiments, root, workers, device)
     compared = agreement.compare_all(experiments, root)  # before the report, which may renew what is committed
     usual = scale == "mini" and root == runs.runs_folder()
-    page = report.build(scale, numbers, root, CHECKOUT if usual and seeds >= committed_seeds(scale) else None)
+    kept = unpublished(scale, numbers, root) if usual else ""
+    page = report.build(scale, numbers, root, CHECKOUT if usual and not kept else None)
     _tell(outcome, page)
-    print("\n".join([*agreement.summary(compared), *left_out(experiments, scale, numbers, root)]))
+    told = [f"figures/ and README.md are left as they are: {kept}"] if kept else []
+    print("\n".join([*agreement.summary(compared), *told, *left_out(experiments, scale, numbers, root)]))
     return 1 if outcome.failed else 0
 
 
@@ -71,6 +73,17 @@ def left_out(experiments: Collection[Experiment], scale: str, seeds: Sequence[in
     lines.append(f"all of it: python -m repro rerun {options}")
     lines.append(f"what that costs: python -m repro plan {options}")
     return lines
+
+
+def unpublished(scale: str, seeds: Sequence[int], root: Path) -> str:
+    """Why results of these runs must not replace the committed ones; empty where they may."""
+    lost = committed.lost(COMMITTED, plan.select(scale=scale, seeds=seeds), root)
+    if not lost:
+        return ""
+    return (
+        f"{_count(len(lost), 'committed run')} would be dropped, such as {lost[0]}: not finished in {root.name}/, or "
+        f"not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
+    )
 
 
 def committed_seeds(scale: str) -> int:

@@ -164,13 +164,13 @@ def shared_seeds(
 ) -> tuple[int, ...]:
     """The seeds that all rows with a finished run have finished: with others beside them, rows differ in their seeds.
 
-    All of `seeds` where rows share none.
+    Empty where rows share none; all of `seeds` where no row has a finished run.
     """
     finished = [
         {item.seed for item in table.cell(row, column, scale, seeds) if is_finished(item, root)} for row in table.rows
     ]
     shared = set(seeds).intersection(*filter(None, finished))
-    return tuple(seed for seed in seeds if seed in shared) or tuple(seeds)
+    return tuple(seed for seed in seeds if seed in shared)
 
 
 def check_reporting(rule: str, weights: str) -> None:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from repro import agreement, batch, committed, plan, reproduce, runs, tables
-from repro.__main__ import parser
+from repro.__main__ import main, parser
 from repro.batch import Outcome
 from repro.experiment import run_id
 from repro.papers import PAPERS
@@ -32,7 +32,7 @@ def job(tmp_path, monkeypatch):
             outcome.finished.append(experiment)
         return outcome
 
-    def build(scale, seeds, root, checkout):
+    def build(scale, seeds, root, checkout=None):
         asked["published"].append(checkout)
         if asked.get("renew"):
             asked["renew"].unlink()
@@ -115,15 +115,41 @@ def test_a_failed_run_is_status_1_and_the_rest_is_still_told(job, tmp_path, caps
     assert "FAILED" in err and "it broke" in err and "first" not in err and "left out: " in out
 
 
-def test_committed_results_are_renewed_only_by_as_many_seeds(job, tmp_path, monkeypatch):
+def test_committed_results_are_renewed_only_where_none_is_dropped(job, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "left_out", lambda *_: [])
     usual = runs.runs_folder()
     commit(tmp_path / "committed.csv", tmp_path / "theirs", (0, 1))
     reproduce.reproduce(seeds=1)
+    assert "figures/ and README.md are left as they are: " in capsys.readouterr().out
     reproduce.reproduce(seeds=2)
+    assert "left as they are" not in capsys.readouterr().out
     reproduce.reproduce(seeds=2, root=tmp_path / "elsewhere")
     reproduce.reproduce("tiny", seeds=2, root=usual)
     assert job["published"] == [None, reproduce.CHECKOUT, None, None]
+
+
+def test_a_main_job_of_all_seeds_keeps_committed_ablations_that_it_has_not_run(job, tmp_path, monkeypatch, capsys):
+    job_runs, whole = plan.select(main=True, seeds=(0,)), plan.select(seeds=(0,))
+    ablated = next(item for item in whole if item not in job_runs)
+    for item in (*job_runs, ablated):
+        write_run(item, tmp_path / "theirs", error=0.3, miou=0.5, cam_miou=0.5, potts_energy=3.0)
+    committed.save(tables.collect([*job_runs, ablated], tmp_path / "theirs"), tmp_path / "committed.csv")
+    reproduce.reproduce(seeds=1)
+    assert job["published"] == [None]
+    assert f"1 committed run would be dropped, such as {run_id(ablated)}" in capsys.readouterr().out
+    write_run(ablated, runs.runs_folder(), error=0.3)
+    reproduce.reproduce(seeds=1)
+    assert job["published"][1] == reproduce.CHECKOUT
+
+
+def test_publishing_by_hand_refuses_to_drop_runs(job, tmp_path, capsys):
+    commit(tmp_path / "committed.csv", tmp_path / "theirs", (0,))
+    asked = ["report", "--seeds", "1", "--publish", "--runs"]
+    assert main([*asked, str(tmp_path / "mine")]) == 2
+    assert "not published: " in (said := capsys.readouterr().err) and "delete figures/runs.csv" in said
+    assert main([*asked, str(tmp_path / "theirs")]) == 0
+    assert main(["report", "--seeds", "1", "--runs", str(tmp_path / "mine")]) == 0
+    assert job["published"] == [reproduce.CHECKOUT, None]
 
 
 @pytest.mark.parametrize(("changes", "message"), [({"scale": "huge"}, "unknown scale"), ({"seeds": 0}, "at least 1")])

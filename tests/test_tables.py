@@ -428,7 +428,8 @@ def test_seeds_that_rows_share_leave_out_rows_that_did_not_run(tmp_path):
     write_passes(tmp_path, {10: {0: 0.2, 1: 0.4}, 2: {1: 0.2, 2: 0.3}})
     assert tables.shared_seeds(PASSES, PASSES.small[0], "mini", range(5), tmp_path) == (1,)
     write_passes(tmp_path, {20: {3: 0.2}})
-    assert tables.shared_seeds(PASSES, PASSES.small[0], "mini", (0, 3), tmp_path) == (0, 3)
+    assert tables.shared_seeds(PASSES, PASSES.small[0], "mini", (0, 3), tmp_path) == ()
+    assert tables.shared_seeds(PASSES, PASSES.small[0], "mini", (7, 8), tmp_path) == (7, 8), "no row has run"
 
 
 @pytest.mark.parametrize("paper", PAPERS.values(), ids=PAPERS)

@@ -169,12 +169,11 @@ def table_points(
     """
     check_reporting(rule, weights)
     place = column or table.columns_at(scale)[0]
-    if table.varies:
-        seeds = shared_seeds(table, place, scale, seeds, root)
+    seeds, said = seeds_drawn(table, place, scale, seeds, root)
     cells = [table.cell(row, place, scale, seeds) for row in table.rows]
     figure = Drawing(figsize=(9.5, 0.42 * len(cells) + 1.9), layout="constrained")
     heading = f"{place.title}, {scale} scale, {RULES[rule]}, {WEIGHTS[weights]}"
-    marks = f"small: seeds {', '.join(map(str, seeds))}; large: mean; bar: standard deviation"
+    marks = f"small: {said}; large: mean; bar: standard deviation"
     figure.suptitle(f"{table.title}\n{heading}\n{marks}")
     grid = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for name, axes in zip(metrics, grid, strict=True):
@@ -195,6 +194,19 @@ def table_points(
         axes.xaxis.set_major_locator(MaxNLocator(6 if len(metrics) < 3 else 4))
     _published_beside(grid[-1], table)
     return figure
+
+
+def seeds_drawn(
+    table: Table, column: Column, scale: str, seeds: Sequence[int], root: Path | None = None
+) -> tuple[tuple[int, ...], str]:
+    """Which of `seeds` a figure of a table draws, and how it says so.
+
+    Of an ablation only those that its rows share; all where they share none, and the words then warn of it.
+    """
+    shared = shared_seeds(table, column, scale, seeds, root) if table.varies else tuple(seeds)
+    drawn = shared or tuple(seeds)
+    said = f"seeds {', '.join(map(str, drawn))}"
+    return drawn, said if shared else f"{said}, but ROWS SHARE NONE: compare no two of them"
 
 
 def _published_beside(axes: Axes, table: Table) -> None:

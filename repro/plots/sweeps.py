@@ -16,10 +16,11 @@ from repro.experiment import Experiment, resolve
 from repro.grids import Column, Table
 from repro.papers.published import Published, lookup
 from repro.plots import style
+from repro.plots.common import seeds_drawn
 from repro.plots.style import Drawing, style_of, themed
 from repro.runs import is_finished
 from repro.settings import SettingError
-from repro.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, shared_seeds, summarise
+from repro.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
 
 SHORT = {"cam_miou": "CAM mIoU", "miou": "segmentation mIoU"}  # what the paper's ablations print
 
@@ -76,12 +77,12 @@ def ablation_curves(
     """
     check_reporting(rule, weights)
     column = table.columns_at(scale)[0]
-    seeds, swept = shared_seeds(table, column, scale, seeds, root), sweep(table, column, scale)
+    (seeds, said), swept = seeds_drawn(table, column, scale, seeds, root), sweep(table, column, scale)
     if swept is None:
         raise SettingError(f"rows of {table.name} differ in more than one setting; a curve has one on its axis")
     figure = Drawing(figsize=(10, 3.5), layout="constrained")
     how = f"{column.title}, {scale} scale, {RULES[rule]}, {WEIGHTS[weights]}"
-    marks = f"mean, deviation, dots: seeds {', '.join(map(str, seeds))}; shaded: our default; values are evenly spaced"
+    marks = f"mean, deviation, dots: {said}; shaded: our default; values are evenly spaced"
     figure.suptitle(f"{table.title}; tinted: published, on axes of its own\nmeasured: {how}\n{marks}")
     grid, at = figure.subplots(1, 2 * len(SHORT)), np.arange(len(swept.rows))
     look = style_of(swept.rows[0].method)

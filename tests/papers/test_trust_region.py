@@ -22,8 +22,8 @@ def run(row, column=SCENES_30, scale="mini", seed=0):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_every_experiment_of_tables_and_ablations_resolves_and_is_another_run(table, scale):
-    experiments = table.experiments(scale, (0, 1))
-    count = 2 * len(table.rows) * len(table.columns_at(scale))
+    experiments, columns = table.experiments(scale, (0, 1)), table.columns_at(scale)
+    count = 2 * sum(len(columns) if row.labels is None else 1 for row in table.rows)
     assert len({run_id(item) for item in experiments}) == len(experiments) == count
     assert all(resolve(item).steps > 0 for item in experiments)
     assert set(table.metrics) <= set(METRICS) and set(trust_region.HEADLINES) <= set(table.metrics)
@@ -36,6 +36,13 @@ def test_the_main_table_has_every_method_at_every_length():
         assert {(c.data, c.labels) for c in MAIN.columns_at(scale)} == {(data, n) for n in (0, 30, 50, 80, 100)}
     assert MAIN.columns[0].title == "Pascal VOC 2012, scribble length 100 %"
     assert place(run(trust_region.ADM)) == Column("scenes", 30, SCRIBBLES) == SCENES_30
+
+
+def test_full_supervision_is_trained_once_for_all_lengths():
+    column, other = MAIN.small[:2]
+    cells = [MAIN.cell(trust_region.FULL, place, "mini", (0, 1)) for place in (column, other)]
+    assert cells[0] == cells[1] and [item.labels for item in cells[0]] == [100, 100]
+    assert [row.labels for row in MAIN.rows if row is not trust_region.FULL] == [None] * (len(MAIN.rows) - 1)
 
 
 def test_published_numbers_stand_at_length_100_and_nowhere_else():
@@ -134,7 +141,7 @@ def test_claims_pair_like_with_like(claim, scale):
     assert (claim.direction == "lower") == METRICS[claim.metric].lower and claim.published is None
 
 
-def test_the_authors_ordering_is_decided_at_two_lengths():
+def test_the_authors_ordering_is_decided_at_every_length():
     pairs = {(c.left.method, c.right.method, c.metric, c.direction) for c in trust_region.CLAIMS.values()}
     robust = "robust_trust_region"
     assert pairs == {
@@ -142,8 +149,8 @@ def test_the_authors_ordering_is_decided_at_two_lengths():
         (robust, "dense_gd", "miou", "higher"), (robust, "trust_region", "miou", "higher"),
         ("trust_region", "grid_gd", "potts_energy", "lower"), ("dense_gd", "partial_ce", "miou", "higher"),
     }  # fmt: skip
-    assert {claim.small.labels for claim in trust_region.CLAIMS.values()} == {30, 100}
-    assert len(trust_region.CLAIMS) == 2 * len(pairs)
+    assert {claim.small.labels for claim in trust_region.CLAIMS.values()} == {0, 30, 50, 80, 100}
+    assert len(trust_region.CLAIMS) == 5 * len(pairs)
     for name in ("plain-30", "energy-100"):
         assert trust_region.CLAIMS[name].source.startswith("ours")
 

@@ -160,6 +160,9 @@ def test_an_ablation_draws_the_seeds_that_its_rows_share(tmp_path):
     dots = [line.get_xdata().tolist() for line in figure.axes[0].lines if line.get_marker() == "."]
     assert dots == [[pytest.approx(40)], [pytest.approx(40)]]
     assert "small: seeds 1; large" in texts(figure)
+    write_run(tmp_path, table.cell(table.rows[-1], table.small[0], "tiny", (2,))[0], accuracy=(0.2, 0.5))
+    said = texts(common.table_points(table, "tiny", range(3), tmp_path))
+    assert "small: seeds 0, 1, 2, but ROWS SHARE NONE" in said
 
 
 @pytest.mark.parametrize(
