@@ -13,8 +13,9 @@ from scipy.io import loadmat
 from repro.data import mask_layouts
 from repro.data.images import DataError
 from repro.data.mask_layouts import CITYSCAPES_IDS
+from repro.data.mask_pools import draw_folder, draw_tags, read_ahead
 from repro.data.masks import FOR_MASKS, MaskSet, choose, draw_masks, mask_digest, palette, show_tags, tags_of
-from repro.data.masks_sources import MASK_SOURCES, draw_folder, draw_tags, open_masks, open_tags, read_ahead
+from repro.data.masks_sources import MASK_SOURCES, open_masks, open_tags
 from repro.data.scenes import scenes
 from tests.data.mask_fixtures import (
     image_of,

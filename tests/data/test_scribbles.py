@@ -11,9 +11,10 @@ from scipy.sparse.csgraph import floyd_warshall
 
 from repro.data.images import DataError
 from repro.data.mask_layouts import VOC_CLASSES
+from repro.data.mask_pools import draw_folder
 from repro.data.mask_views import PADDING, MaskViews, draw_window
 from repro.data.masks import draw_masks
-from repro.data.masks_sources import draw_folder, open_masks
+from repro.data.masks_sources import open_masks
 from repro.data.scenes import scenes
 from repro.data.scribble_layout import (
     PaddedViews,

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repro import segmentation
+from repro.data.mask_pools import draw_folder
 from repro.data.mask_views import MaskViews
 from repro.data.masks import IGNORE, draw_masks
-from repro.data.masks_sources import MASK_SOURCES, MaskFolder, draw_folder, open_masks
+from repro.data.masks_sources import MASK_SOURCES, MaskFolder, open_masks
 from repro.data.scenes import SIZES, scenes
 from repro.evaluation import PixelMonitor
 from repro.experiment import Experiment, MaskRecipe

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from repro.cam import bilinear
+from repro.data.mask_pools import read_ahead
 from repro.data.mask_views import MaskViews
-from repro.data.masks_sources import read_ahead
 from repro.dense_crf import CRF, EXACT_PIXELS, INSTALL, has_lattice, lattice_crf, mean_field
 from repro.models.modes import evaluating
 from repro.segmentation import combined, confusion, iou, mean_iou, plain, scale_logits

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from repro import cam, segmentation
 from repro.cam import bilinear
 from repro.data.images import DataError
+from repro.data.mask_pools import TagPool, draw_tags, read_ahead
 from repro.data.mask_views import PADDING, TAGS, Crop, MaskViews
 from repro.data.masks import IGNORE, MaskPool, draw_masks, show_tags, tags_of
-from repro.data.masks_sources import MaskFolder, TagPool, draw_tags, open_masks, open_tags, read_ahead
+from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.scenes import SIZES, scenes
 from repro.experiment import Experiment, TagRecipe
 from repro.methods.image_tags import METHODS

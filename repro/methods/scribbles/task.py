@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from repro.data.mask_pools import read_ahead
 from repro.data.mask_views import PADDING, MaskViews, hide
 from repro.data.masks import IGNORE, MaskPool, draw_masks
-from repro.data.masks_sources import open_masks, read_ahead
+from repro.data.masks_sources import open_masks
 from repro.data.scenes import SIZES, scenes
 from repro.data.scribble_layout import FRAME, FramePool, PaddedViews, framed, open_scribbles
 from repro.data.scribbles import draw_scribbles, reaches_of

@@ -14,8 +14,9 @@ from torch import nn
 
 from repro import runs
 from repro.data.images import DataError
+from repro.data.mask_pools import draw_folder
 from repro.data.masks import IGNORE, draw_masks
-from repro.data.masks_sources import MaskFolder, draw_folder, open_masks
+from repro.data.masks_sources import MaskFolder, open_masks
 from repro.data.scenes import scenes
 from repro.experiment import Experiment, resolve
 from repro.history import History
