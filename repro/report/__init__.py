@@ -251,6 +251,14 @@ def claims_markdown(part: dict) -> str:
     return tables.to_markdown(frame) + f"\nVerdicts hold {part['scope']} only.\n"
 
 
+def folded_claims(part: dict) -> str:
+    """The same behind a line that counts the verdicts: a reader opens what concerns them."""
+    counts = Counter(claim["verdict"] for claim in part["claims"])
+    counted = ", ".join(f"{counts[verdict]} {verdict}" for verdict in claims.VERDICTS if counts[verdict])
+    summary = f"<summary>{len(part['claims'])} claims: {counted}</summary>"
+    return f"<details>\n{summary}\n\n{claims_markdown(part)}\n</details>\n"
+
+
 def publish(
     saved: Sequence[Path], folder: Path, parts: list[dict], checkout: Path, further: Sequence[dict] = ()
 ) -> None:
@@ -270,7 +278,7 @@ def publish(
     before, marker, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if marker and end:
-        block = "\n\n".join([_first_table(part) + "\n" + claims_markdown(part) for part in parts])
+        block = "\n\n".join(f"{_first_table(part)}\n{folded_claims(part)}" for part in parts)
         write_text(readme, f"{before}{BEGIN}\n{block}\n{END}{after}")
 
 

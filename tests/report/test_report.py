@@ -219,7 +219,7 @@ def test_a_papers_page_has_the_shape_of_a_reproduction_report(built):
 
 def test_a_papers_page_names_each_scope_of_its_claims(built):
     words = every_page(built)["trust_region.html"].words
-    places = "; ".join(f"Fashion scenes, scribble length {length} %" for length in (30, 100))
+    places = "; ".join(f"Fashion scenes, scribble length {length} %" for length in (0, 30, 50, 80, 100))
     assert f"Verdicts hold on the embedded data ({places}), mini scale only." in words
 
 
@@ -342,6 +342,10 @@ def test_a_checkout_gets_the_first_measured_table_and_the_claims(root, tmp_path)
     table = text.split(csl.TITLE)[1].split("| claim |")[0]
     assert "| mIoU by number of masks | mIoU (%) | pixel accuracy (%) |" in table and "published" not in table
     assert "| CSL | 62.50 (n = 1) |" in table and "output stride 8" not in table
+    count, kept = len(csl.CLAIMS), text.split(csl.TITLE)[1]
+    assert f"<details>\n<summary>{count} claims: " in kept and kept.count("<details>") == kept.count("</details>")
+    verdicts = [int(said.split()[0]) for said in kept.split("claims: ")[1].split("</summary>")[0].split(", ")]
+    assert sum(verdicts) == count
     assert {path.name for path in (checkout / "figures").iterdir()} == {
         "results.md", "runs.csv", "runs_numbers.csv",
         *(f"{name}_{key}.png" for name in ("commatch", "csl") for key in ("main", "empty")),
