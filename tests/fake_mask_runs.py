@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from repro.checkpoints import save_state, write_json
 from repro.evaluation import REPORTING
 from repro.experiment import Experiment, record
-from repro.runs import PACKAGES, folder_of
+from repro.runs import folder_of
 from repro.segmentation import SegmentationSums
 from repro.training import MOMENTS
+from tests.fake_runs import finished
 
 CLASSES = 6
 SIZE = (32, 40)
@@ -92,23 +93,10 @@ def write_mask_folder(
     fields = {"paper": "csl", "method": method, "data": data, "labels": labels, "seed": seed, "scale": "mini"}
     last = {weights: rows[-1][weights] for weights in ("ema", "live")}
     best = {weights: last[weights] | {"selected_on_test": True} for weights in last}
-    metrics = (saved or {"experiment": fields | {"overrides": {}}, "recipe": {"steps": steps[-1]}}) | {
-        "run": folder.name,
-        "data_digest": "d",
+    asked = saved or {"experiment": fields | {"overrides": {}}, "recipe": {"steps": steps[-1]}}
+    metrics = asked | finished(folder) | {
         "reported": {rule: best if rule == "best" else last for rule in REPORTING},
         "pseudo_labels": rows[-2]["pseudo"],
-        "cost": {"train_seconds": 12.0, "wall_seconds": 13.0, "samples_per_second": 50.0, "peak_memory_mib": 400.0},
-        "provenance": {
-            "commit": "c0ffee",
-            "dirty": False,
-            "source_digest": "s",
-            "python": "3.12",
-            "packages": dict.fromkeys(PACKAGES, "1.0"),
-            "device": "cpu",
-            "precision": "fp32",
-            "threads": 1,
-            "finished": "2026-01-01T00:00:00Z",
-        },
     }
     write_json(folder / "metrics.json", metrics)
     return folder

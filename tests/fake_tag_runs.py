@@ -21,9 +21,10 @@ from repro.experiment import Experiment, TagRecipe, record
 from repro.methods.image_tags.pcre import PCRESettings
 from repro.methods.image_tags.regions import joint_confidence, squared_distances
 from repro.methods.image_tags.task import cam_report, thresholds
-from repro.runs import PACKAGES, folder_of
+from repro.runs import folder_of
 from repro.training import MOMENTS
 from tests.fake_mask_runs import CLASSES, SIZE, measured, scenes
+from tests.fake_runs import finished
 
 GRID = (SIZE[0] // 2, SIZE[1] // 2)  # patches
 TEST, POOL, EXPLORED = 16, 8, 4
@@ -124,23 +125,9 @@ def write_tag_folder(
         save_state(folder / "outputs.safetensors", outputs | explored(seen[:EXPLORED], test[1][:EXPLORED], method))
     last = {weights: rows[-1][weights] for weights in ("ema", "live")}
     best = {weights: last[weights] | {"selected_on_test": True} for weights in last}
-    metrics = saved | {
-        "run": folder.name,
-        "data_digest": "d",
+    metrics = saved | finished(folder) | {
         "reported": {rule: best if rule == "best" else last for rule in REPORTING},
         "pseudo_labels": {},
-        "cost": {"train_seconds": 12.0, "wall_seconds": 13.0, "samples_per_second": 50.0, "peak_memory_mib": 400.0},
-        "provenance": {
-            "commit": "c0ffee",
-            "dirty": False,
-            "source_digest": "s",
-            "python": "3.12",
-            "packages": dict.fromkeys(PACKAGES, "1.0"),
-            "device": "cpu",
-            "precision": "fp32",
-            "threads": 1,
-            "finished": "2026-01-01T00:00:00Z",
-        },
     }
     write_json(folder / "metrics.json", metrics)
     return folder

@@ -4,6 +4,7 @@
 drawing on a batch of the saved pool. `explore` puts controls around them; where nobody watches it returns a figure.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,11 @@ from repro.data import splits
 from repro.data.augment import Views
 from repro.data.images import SOURCES
 from repro.experiment import Experiment, resolve
-from repro.explore.parts import Panel, buttons, embedded, look
+from repro.explore.parts import Panel, buttons, embedded, look, opened
 from repro.methods.few_labels.calibratemix import CalibrateMixSettings
 from repro.methods.few_labels.pairing import PAIRINGS, cosine_similarity, draw_pairs
 from repro.plots.calibration import Margins, read_margins, short_label
-from repro.plots.style import INK, Drawing, message, themed, where
-from repro.progress import is_watched
-from repro.runs import is_finished
+from repro.plots.style import INK, Drawing, themed, where
 
 KINDS = ("labelled", "unlabelled")
 SHOWN = 24  # images around a percentile
@@ -284,10 +283,9 @@ def still(saved: Saved, at: Position) -> Figure:
 
 def explore(experiment: Experiment, root: Path | None = None, data_root: Path | None = None) -> Explorer | Figure:
     """The explorer of a finished run, or a figure where nobody can move a slider (papermill, export, not run)."""
-    title = "Training pictures by margin"
-    if not is_finished(experiment, root):
-        return message(title, f"not run: {short_label(experiment)}")
-    saved = load_saved(experiment, root, data_root)
-    if saved is None:
-        return message(title, f"{short_label(experiment)} keeps no margins")
-    return Explorer(saved) if is_watched() else still(saved, starting(saved))
+
+    def drawn(saved: Saved) -> Figure:
+        return still(saved, starting(saved))
+
+    load = functools.partial(load_saved, experiment, root, data_root)
+    return opened("Training pictures by margin", experiment, root, load, Explorer, drawn, "margins")

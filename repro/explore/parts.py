@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ipywidgets as widgets
@@ -11,7 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from repro.plots.style import INK, Drawing, themed, to_png
+from repro.experiment import Experiment
+from repro.plots.style import INK, Drawing, label_of, message, themed, to_png
+from repro.progress import is_watched
+from repro.runs import is_finished
 
 T = TypeVar("T")
 
@@ -51,6 +55,22 @@ class Panel(widgets.VBox):
         """The widget, and for readers without a kernel (an exported page) the figure."""
         bundle = super()._repr_mimebundle_(**options)
         return bundle | {"image/png": base64.b64encode(to_png(self._still())).decode()}
+
+
+def opened(
+    title: str, experiment: Experiment, root: Path | None, load: Callable[[], T | None],
+    explorer: Callable[[T], Panel], still: Callable[[T], Figure], lacking: str | Callable[[], str] = "",
+) -> Panel | Figure:  # fmt: skip
+    """What `explore` returns: the explorer of a finished run, or a figure where nobody can move a slider.
+
+    load: what the run saved, None where it keeps too little. lacking: what that is, or a function that says it.
+    """
+    if not is_finished(experiment, root):
+        return message(title, f"not run: {label_of(experiment)}")
+    saved = load()
+    if saved is None:
+        return message(title, f"{label_of(experiment)} keeps no {lacking if isinstance(lacking, str) else lacking()}")
+    return explorer(saved) if is_watched() else still(saved)
 
 
 def look(description: str) -> dict:

@@ -41,6 +41,7 @@ from repro.explore.parts import (
     html_table,
     look,
     nearest,
+    opened,
     outline,
     sheet,
     slider,
@@ -50,9 +51,8 @@ from repro.explore.parts import (
 from repro.explore.weights import RIGHT, UNKNOWN, WRONG, fade
 from repro.methods.scribbles.lengths import PUBLISHED
 from repro.plots.plane import class_colours
-from repro.plots.style import INK, label_of, message
-from repro.progress import is_watched
-from repro.runs import folder_of, is_finished, load_outputs
+from repro.plots.style import INK
+from repro.runs import folder_of, load_outputs
 
 TITLE = "What the solver makes of a scribble"
 LAMBDAS = (0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -305,10 +305,8 @@ def still(saved: Saved, at: Position | None = None) -> Figure:
 
 def explore(experiment: Experiment, root: Path | None = None) -> Explorer | Figure:
     """The explorer of a finished run, or a figure where nobody can move a slider (papermill, export, not run)."""
-    if not is_finished(experiment, root):
-        return message(TITLE, f"not run: {label_of(experiment)}")
-    saved = load_saved(experiment, root)
-    if saved is None:
-        lacking = ", ".join(missing(load_outputs(folder_of(experiment, root))))
-        return message(TITLE, f"{label_of(experiment)} keeps no {lacking}")
-    return Explorer(saved) if is_watched() else still(saved)
+
+    def lacking() -> str:
+        return ", ".join(missing(load_outputs(folder_of(experiment, root))))
+
+    return opened(TITLE, experiment, root, lambda: load_saved(experiment, root), Explorer, still, lacking)

@@ -38,15 +38,14 @@ from repro.explore.parts import (
     html_table,
     look,
     nearest,
+    opened,
     outline,
     sheet,
     slider,
     smooth,
 )  # fmt: skip
 from repro.plots.plane import class_colours
-from repro.plots.style import INK, label_of, message, style_of
-from repro.progress import is_watched
-from repro.runs import is_finished
+from repro.plots.style import INK, style_of
 
 RADII = (0, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)  # patches
 MOST_ROUNDS = 10
@@ -342,9 +341,5 @@ def still(saved: Saved, at: Position | None = None) -> Figure:
 
 def explore(experiment: Experiment, root: Path | None = None) -> Explorer | Figure:
     """The explorer of a finished run, or a figure where nobody can move a slider (papermill, export, not run)."""
-    if not is_finished(experiment, root):
-        return message(TITLE, f"not run: {label_of(experiment)}")
-    saved = load_saved(experiment, root)
-    if saved is None:
-        return message(TITLE, f"{label_of(experiment)} keeps no maps of single scales")
-    return Explorer(saved) if is_watched() else still(saved)
+    lacking = "maps of single scales"
+    return opened(TITLE, experiment, root, lambda: load_saved(experiment, root), Explorer, still, lacking)

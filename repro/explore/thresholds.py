@@ -5,6 +5,7 @@ in them. `explore` puts sliders around them; where nobody watches it returns a f
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +22,10 @@ from torch import Tensor
 from repro.calibration import ece
 from repro.data import splits
 from repro.experiment import Experiment, resolve
-from repro.explore.parts import Panel, embedded, html_table, look
+from repro.explore.parts import Panel, embedded, html_table, look, opened
 from repro.methods.few_labels import commatch
-from repro.plots.style import INK, Drawing, label_of, message, themed, where
-from repro.progress import is_watched
-from repro.runs import folder_of, is_finished, load_outputs
+from repro.plots.style import INK, Drawing, label_of, themed, where
+from repro.runs import folder_of, load_outputs
 
 BINS = 15
 LOOSEST = 0.53  # no deviation of ten values in [0, 1] reaches it
@@ -379,7 +379,13 @@ def still(saved: Saved, limits: Limits) -> Figure:
 
 def explore(experiment: Experiment, root: Path | None = None, data_root: Path | None = None) -> Explorer | Figure:
     """The explorer of a finished run, or a figure where nobody can move a slider (papermill, export, not run)."""
-    if not is_finished(experiment, root):
-        return message("Thresholds over a saved run", f"not run: {label_of(experiment)}")
-    saved, start = load_saved(experiment, root, data_root), starting_limits(experiment)
-    return Explorer(saved, start) if is_watched() else still(saved, start)
+    start = starting_limits(experiment)
+
+    def panel(saved: Saved) -> Explorer:
+        return Explorer(saved, start)
+
+    def drawn(saved: Saved) -> Figure:
+        return still(saved, start)
+
+    load = functools.partial(load_saved, experiment, root, data_root)
+    return opened("Thresholds over a saved run", experiment, root, load, panel, drawn)

@@ -21,13 +21,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from repro.experiment import Experiment, resolve
-from repro.explore.parts import Panel, buttons, embedded, html_table, look, outline, sheet, slider
+from repro.explore.parts import Panel, buttons, embedded, html_table, look, opened, outline, sheet, slider
 from repro.explore.reliability import Plane
 from repro.methods.few_masks.separation import FEATURES, Reliable, pixel_weights
 from repro.plots.plane import CERTAIN, SHOWN, SMALLEST, TICKS, Moment, class_colours, classes_of
-from repro.plots.style import INK, label_of, message, where
-from repro.progress import is_watched
-from repro.runs import folder_of, is_finished, load_moments, load_outputs
+from repro.plots.style import INK, label_of, where
+from repro.runs import folder_of, load_moments, load_outputs
 
 SELECTIONS = {"gaussian": "CSL, Gaussian", "hard": "CSL, 0 or 1", "threshold": "threshold"}
 THRESHOLDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999, 0.9999)
@@ -355,9 +354,5 @@ def still(saved: Saved, at: Position | None = None) -> Figure:
 
 def explore(experiment: Experiment, root: Path | None = None) -> Explorer | Figure:
     """The explorer of a finished run, or a figure where nobody can move a slider (papermill, export, not run)."""
-    if not is_finished(experiment, root):
-        return message(TITLE, f"not run: {label_of(experiment)}")
-    saved = load_saved(experiment, root)
-    if saved is None:
-        return message(TITLE, f"{label_of(experiment)} keeps no moment of its training")
-    return Explorer(saved) if is_watched() else still(saved)
+    lacking = "moment of its training"
+    return opened(TITLE, experiment, root, lambda: load_saved(experiment, root), Explorer, still, lacking)
