@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from repro.experiment import Experiment, run_id
-from repro.grids import EMBEDDED, Claim, checked_seeds
+from repro.grids import EMBEDDED, TITLES, Claim, checked_seeds
 from repro.metrics import METRICS, Metric
 from repro.runs import folder_of, is_finished, load_history, load_metrics, load_outputs
 from repro.settings import unknown
@@ -308,16 +308,19 @@ def decide(
 
 
 def scope(claims: Iterable[Claim], scale: str) -> str:
-    """What verdicts are about: `on the embedded data (Fashion-MNIST part, 100 labels), mini scale`, each place once."""
-    columns = dict.fromkeys(claim.column_at(scale) for claim in claims)
-    embedded = "; ".join(column.title for column in columns if column.data in EMBEDDED)
+    """What verdicts are about: `on the embedded data (Fashion-MNIST part, 100 / 250 labels), mini scale`, data once."""
+    budgets: dict[tuple[str, str], list[int]] = {}
+    for column in dict.fromkeys(claim.column_at(scale) for claim in claims):
+        budgets.setdefault((column.data, column.words), []).append(column.labels)
+    titles = [(data, f"{TITLES.get(data, data)}, {words.format(' / '.join(map(str, labels)))}")
+              for (data, words), labels in budgets.items()]  # fmt: skip
+    embedded = "; ".join(title for data, title in titles if data in EMBEDDED)
     places = [f"the embedded data ({embedded})"] if embedded else []
-    places += [column.title for column in columns if column.data not in EMBEDDED]
+    places += [title for data, title in titles if data not in EMBEDDED]
     return f"on {' and '.join(places)}, {scale} scale"
 
 
-def verdicts(claims: Iterable[Claim], *arguments, **options) -> pd.DataFrame:
-    """`decide` for each claim, as a frame of text indexed by claim id; further arguments as there."""
-    decided = [decide(claim, *arguments, **options) for claim in claims]
-    index = pd.Index([verdict.claim.id for verdict in decided], name="id")
-    return pd.DataFrame([verdict.row() for verdict in decided], index=index)
+def as_frame(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """Verdicts as a frame of text indexed by claim id."""
+    index = pd.Index([verdict.claim.id for verdict in verdicts], name="id")
+    return pd.DataFrame([verdict.row() for verdict in verdicts], index=index)

@@ -25,6 +25,7 @@ from repro.papers import PAPERS
 from repro.plots.common import loss_curves, table_points
 from repro.plots.plane import classes_of
 from repro.plots.style import label_of
+from repro.plots.verdicts import claim_effects
 from repro.progress import StepBar, is_watched
 from repro.report.content import FIGURES, command
 from repro.settings import SettingError, describe, unknown
@@ -394,7 +395,8 @@ def show_ablations(asked: AskedTables) -> None:
 
 
 def verdicts(asked: AskedTables) -> Styler:
-    """Each claim of the paper with its verdict, where it holds, effect, interval and n."""
-    decided = claims.verdicts(asked.module.CLAIMS.values(), *asked.how)
+    """A figure of all effects, and each claim of the paper with its verdict, where it holds, effect, interval and n."""
+    decided = [claims.decide(claim, *asked.how) for claim in asked.module.CLAIMS.values()]
+    display(claim_effects(decided, f"Claims of {asked.module.TITLE.partition(':')[0]}"))
     shown = ["claim", "source", "verdict", "scope", "metric", "effect", "95 % interval", "n", "published effect"]
-    return left(decided[shown])
+    return left(claims.as_frame(decided)[shown])

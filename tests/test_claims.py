@@ -12,13 +12,13 @@ from repro import claims
 from repro.checkpoints import save_state
 from repro.claims import (
     MINIMUM_SEEDS,
+    as_frame,
     bootstrap_interval,
     decide,
     gap_correlation,
     judge,
     scope,
     sign_flip_test,
-    verdicts,
 )
 from repro.grids import MASKS, Claim, Column, Row
 from repro.papers import PAPERS
@@ -262,7 +262,7 @@ def test_paper_scale_has_its_own_scope():
 
 def test_several_claims_say_once_where_they_hold():
     claims = list(PAPERS["trust_region"].CLAIMS.values())
-    places = "Fashion scenes, scribble length 30 %; Fashion scenes, scribble length 100 %"
+    places = "Fashion scenes, scribble length 0 / 30 / 50 / 80 / 100 %"
     assert scope(claims, "mini") == f"on the embedded data ({places}), mini scale"
     said = scope([claims[0], claim()], "paper")
     assert said == f"on {claims[0].column_at('paper').title} and CIFAR-10, 40 labels, paper scale"
@@ -270,9 +270,9 @@ def test_several_claims_say_once_where_they_hold():
 
 def test_verdicts_are_a_frame_of_text_by_claim(tmp_path):
     write_pairs([(0.2, 0.3)] * 5, tmp_path)
-    frame = verdicts([claim(), claim(id="other", metric="nll")], root=tmp_path)
+    frame = as_frame([decide(item, root=tmp_path) for item in (claim(), claim(id="other", metric="nll"))])
     assert frame["verdict"].to_dict() == {"lower": "supported", "other": "inconclusive"}
-    assert frame.loc["other", "effect"] == "+0.000" and verdicts([]).empty
+    assert frame.loc["other", "effect"] == "+0.000" and as_frame([]).empty
 
 
 # Statistics beyond stored metrics

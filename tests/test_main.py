@@ -251,5 +251,5 @@ def test_report_builds_from_the_runs_that_are_there_and_commits_nothing(monkeypa
     monkeypatch.setattr(report, "build", lambda *chosen: asked.append(chosen) or tmp_path / "index.html")
     assert main(["report", "--scale", "tiny", "--seeds", "2", "--runs", str(tmp_path)]) == 0
     assert main(["report"]) == 0
-    assert asked == [("tiny", (0, 1), tmp_path), ("mini", (0, 1, 2, 3, 4), runs.runs_folder())]
+    assert asked == [("tiny", (0, 1), tmp_path, None), ("mini", (0, 1, 2, 3, 4), runs.runs_folder(), None)]
     assert capsys.readouterr().out == f"{tmp_path / 'index.html'}\n" * 2

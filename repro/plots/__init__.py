@@ -4,8 +4,21 @@ A figure takes experiments and a folder of runs and returns a matplotlib Figure;
 one line with a band. What was not run is named in the figure. Equal results give equal bytes through `style.save`.
 """
 
-from repro.plots import calibration, common, labels, masks, plane, scribble_panels, scribbles, style, sweeps, tags
+from repro.plots import (
+    calibration,
+    common,
+    labels,
+    masks,
+    plane,
+    scribble_panels,
+    scribbles,
+    style,
+    sweeps,
+    tags,
+    verdicts,
+)
 
 __all__ = [
     "calibration", "common", "labels", "masks", "plane", "scribble_panels", "scribbles", "style", "sweeps", "tags",
+    "verdicts",
 ]  # fmt: skip

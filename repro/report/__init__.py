@@ -256,7 +256,8 @@ def folded_claims(part: dict) -> str:
     counts = Counter(claim["verdict"] for claim in part["claims"])
     counted = ", ".join(f"{counts[verdict]} {verdict}" for verdict in claims.VERDICTS if counts[verdict])
     summary = f"<summary>{len(part['claims'])} claims: {counted}</summary>"
-    return f"<details>\n{summary}\n\n{claims_markdown(part)}\n</details>\n"
+    picture = f"![Effects of the claims with their intervals](figures/{part['claims_figure']['path'].name})"
+    return f"<details>\n{summary}\n\n{picture}\n\n{claims_markdown(part)}\n</details>\n"
 
 
 def publish(

@@ -78,21 +78,22 @@ def supervised(scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | 
     Empty at scale `paper`, which has no scenes. Raises SettingError (unknown scale), CorruptFile (an edited run).
     """
     points: list[Point] = []
-    full: dict[int, list[Experiment]] = {}
+    full: dict[tuple[Experiment, ...], Point] = {}  # its columns share their runs
     for paper in PAPERS.values():
         table = next(iter(paper.TABLES.values()))
         for column in (column for column in table.columns_at(scale) if column.data == "scenes"):
             for row in table.rows:
-                cell = table.cell(row, column, scale, seeds)
-                if sees_all_masks(cell[0]):
-                    for item in cell:
-                        full.setdefault(item.seed, []).append(item)
+                cell = tuple(table.cell(row, column, scale, seeds))
+                everything = sees_all_masks(cell[0])
+                if cell in full:
                     continue
-                kind = KINDS[paper.BUDGET]
-                points.append(_point(kind, row.label, column.budget, cell, root, SEGMENTED, effort_of(cell[0])))
-    if full:
-        points.append(_full(full, root))
-    return points
+                kind, budget = (FULL, "all masks") if everything else (KINDS[paper.BUDGET], column.budget)
+                point = _point(kind, row.label, budget, cell, root, SEGMENTED, effort_of(cell[0]))
+                if everything:
+                    full[cell] = point
+                else:
+                    points.append(point)
+    return [*points, *full.values()]
 
 
 def sees_all_masks(item: Experiment) -> bool:
@@ -100,23 +101,6 @@ def sees_all_masks(item: Experiment) -> bool:
     from repro.methods.scribbles.task import sees_masks
 
     return PAPERS[item.paper].BUDGET == SCRIBBLES and sees_masks(item)
-
-
-def _full(by_seed: dict[int, list[Experiment]], root: Path | None) -> Point:
-    """A seed of full supervision that ran at several recorded lengths is one observation, their mean."""
-    done = {seed: [item for item in cell if is_finished(item, root)] for seed, cell in by_seed.items()}
-    values = {seed: [_read(item, root) for item in cell] for seed, cell in done.items() if cell}
-    metrics = {
-        name: summarise(summarise(found[name] for found in runs).mean for runs in values.values()) for name in SEGMENTED
-    }
-    first = next(iter(by_seed.values()))[0]
-    everything, finished = (tuple(item for cell in part.values() for item in cell) for part in (by_seed, done))
-    label = next(row.label for row in _rows(first.paper) if row.method == first.method)
-    return Point(FULL, label, first.method, "all masks", everything, finished, metrics, len(by_seed), effort_of(first))
-
-
-def _rows(paper: str):
-    return next(iter(PAPERS[paper].TABLES.values())).rows
 
 
 def _point(kind, label, budget, cell, root, names, effort=None) -> Point:
@@ -219,7 +203,7 @@ def classified(scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | 
         if paper.BUDGET != LABELS:
             continue
         column = column or place(paper.main_experiments(scale, seeds)[0])
-        for row in _rows(name):
+        for row in next(iter(paper.TABLES.values())).rows:
             cell = [experiment(name, row, column, scale, seed) for seed in seeds]
             runs = tuple(map(run_id, cell))
             if runs not in seen:

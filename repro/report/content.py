@@ -49,6 +49,9 @@ def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder:
     done = {block["title_of_table"] for blocks in measured.values() for block in blocks}
     wanted = plan.select([name], scale=scale, seeds=seeds)
     rows = finished(wanted, root)
+    decided = [claims.decide(claim, scale, seeds, root) for claim in paper.CLAIMS.values()]
+    effects = plots.verdicts.claim_effects(decided, f"Claims of {short(paper.TITLE)}")
+    of_claims = save_figure(effects, "Effects of the claims", folder / "figures" / f"{name}_claims.png")
     return {
         "name": name,
         "title": paper.TITLE,
@@ -58,11 +61,12 @@ def paper_parts(name: str, scale: str, seeds: Sequence[int], root: Path, folder:
         "column": main,
         "note": paper.NOTE,
         "scope": claims.scope(paper.CLAIMS.values(), scale),
-        "claims": claims.verdicts(paper.CLAIMS.values(), scale, seeds, root).to_dict("records"),
+        "claims": [verdict.row() for verdict in decided],
+        "claims_figure": of_claims,
         "texts": pages.texts(name),
         "not_run": [table.title for table in (*paper.TABLES.values(), *paper.ABLATIONS.values())
                     if table.title not in done],
-        "figures": list(figures.values()),
+        "figures": [of_claims, *figures.values()],
         "further": list(further.values()),
         "cost": cost_row(short(paper.TITLE), rows, len(wanted)),
         "runs": rows,

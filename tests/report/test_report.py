@@ -213,13 +213,14 @@ def test_a_papers_page_has_the_shape_of_a_reproduction_report(built):
     )
     assert "mIoU by number of masks — Fashion scenes, 20 masks" in page.words
     assert "Cityscapes: mIoU by number of masks" in page.words  # among those not run
-    assert page.text.count("<img") == 2 and page.text.count("An empty figure") == 2
+    assert page.text.count("<img") == 3 and page.text.count("An empty figure") == 2
+    assert page.text.count('alt="Effects of the claims"') == 1
     assert "python -m repro rerun --paper csl --scale mini --seeds 1" in page.words
 
 
 def test_a_papers_page_names_each_scope_of_its_claims(built):
     words = every_page(built)["trust_region.html"].words
-    places = "; ".join(f"Fashion scenes, scribble length {length} %" for length in (0, 30, 50, 80, 100))
+    places = "Fashion scenes, scribble length 0 / 30 / 50 / 80 / 100 %"
     assert f"Verdicts hold on the embedded data ({places}), mini scale only." in words
 
 
@@ -349,6 +350,7 @@ def test_a_checkout_gets_the_first_measured_table_and_the_claims(root, tmp_path)
     assert {path.name for path in (checkout / "figures").iterdir()} == {
         "results.md", "runs.csv", "runs_numbers.csv",
         *(f"{name}_{key}.png" for name in ("commatch", "csl") for key in ("main", "empty")),
+        *(f"{name}_claims.png" for name in report.PAPERS),
     }  # fmt: skip
     results = (checkout / "figures" / "results.md").read_text()
     assert "### mIoU by number of masks — Fashion scenes, 20 masks" in results and "ResNet-101 (deep stem" in results
