@@ -35,6 +35,7 @@ SPREAD = (
     "may have other seeds than its default: its column of differences takes the seeds that both have, its figures "
     "those that all rows have."
 )
+DECIDED = (claims.SUPPORTED, claims.CONTRADICTED)
 CONTENTS = (
     ("claims", "Claims"), ("method", "Method"), ("deviations", "Deviations"), ("easy", "What was easy"),
     ("difficult", "What was difficult"), ("tables", "Tables"), ("ablations", "Ablations"), ("figures", "Figures"),
@@ -146,8 +147,8 @@ def write_pages(
         least=claims.MINIMUM_SEEDS,
         papers=[part | {"counts": counts, "main": _main_block(part)}
                 for part, counts in zip(parts, counted, strict=True)],
-        decided=[claim | {"paper": part["short"], "href": part["href"]} for part in parts for claim in part["claims"]
-                 if claim["verdict"] in (claims.SUPPORTED, claims.CONTRADICTED)],
+        decided=[{"paper": part["short"], "href": part["href"], "claims": settled} for part in parts
+                 if (settled := [claim for claim in part["claims"] if claim["verdict"] in DECIDED])],
         across=" and ".join(section["title"][0].lower() + section["title"][1:] for section in between),
         agreement=compared(everything, root),
         imported=pages.plain_html(found) if len(found := of_others(scale, seeds, root)) else "",
