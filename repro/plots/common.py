@@ -15,13 +15,13 @@ from repro import calibration
 from repro.claims import statistic
 from repro.experiment import Experiment
 from repro.grids import Column, Table, place
+from repro.metrics import METRICS, Metric
 from repro.papers import PAPERS
 from repro.papers.published import NOT_AVAILABLE
 from repro.plots import style
 from repro.plots.style import Drawing, by_seed, label_of, message, style_of, themed, where
 from repro.runs import folder_of, is_finished, load_history, load_metrics
 from repro.tables import (
-    METRICS,
     NOT_RUN,
     RULES,
     WEIGHTS,
@@ -190,10 +190,24 @@ def table_points(
             axes.plot(factor * np.array(values), [y + 0.2] * len(values), ".", color=look.colour, alpha=0.5)
             axes.errorbar(factor * summary.mean, y, xerr=factor * (summary.sd or 0), **looks)
         axes.set(xlabel=textwrap.fill(metric.title, 60 // len(metrics)), ylim=(len(cells) - 0.5, -0.5), yticks=at)
+        keep_apart(axes, "x", metric)
         axes.set_yticklabels([row.label for row in table.rows])
         axes.xaxis.set_major_locator(MaxNLocator(6 if len(metrics) < 3 else 4))
     _published_beside(grid[-1], table)
     return figure
+
+
+def keep_apart(axes: Axes, axis: str, metric: Metric) -> None:
+    """Widen an axis over which values hardly differ, so that a difference of nothing does not fill the figure.
+
+    To half a point of a percentage, of others to a twentieth of the largest value. No offset is taken off the numbers.
+    """
+    low, high = getattr(axes, f"get_{axis}lim")()
+    least = 0.5 if metric.percent else 0.05 * max(abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        getattr(axes, f"set_{axis}lim")(middle - least / 2, middle + least / 2)
+    axes.ticklabel_format(axis=axis, useOffset=False)
 
 
 def seeds_drawn(

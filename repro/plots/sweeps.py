@@ -14,9 +14,10 @@ from matplotlib.ticker import MaxNLocator
 from repro.claims import statistic
 from repro.experiment import Experiment, resolve
 from repro.grids import Column, Table
+from repro.metrics import METRICS
 from repro.papers.published import Published, lookup
 from repro.plots import style
-from repro.plots.common import seeds_drawn
+from repro.plots.common import keep_apart, seeds_drawn
 from repro.plots.style import Drawing, style_of, themed
 from repro.runs import is_finished
 from repro.settings import SettingError
@@ -93,6 +94,7 @@ def ablation_curves(
         most = max(len([value for value in values if not math.isnan(value)]) for values in runs)
         axes.set_title(f"measured {SHORT[name]}\n{scale} scale, n = {most}", fontsize=9)
         axes.set_ylabel("mIoU (%)" if axes is grid[0] else "")
+        keep_apart(axes, "y", METRICS[name])
     for name, axes in zip(SHORT, grid[len(SHORT) :], strict=True):
         numbers = _published(table, swept, name)
         axes.set_facecolor("#f7f3ea")

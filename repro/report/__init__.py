@@ -172,7 +172,8 @@ def paper_commands(name: str, scale: str, seeds: int) -> list[str]:
 
 
 def _commits(rows: Iterable[dict]) -> str:
-    return " and ".join(sorted({f"commit {row['commit']}" for row in rows})) or "no run yet"
+    found = sorted({row["commit"] for row in rows})
+    return f"commit{'s'[: len(found) > 1]} {', '.join(found)}" if found else "no run yet"
 
 
 def start_notebooks(pool: ThreadPoolExecutor, folder: Path, scale: str, root: Path) -> dict[str, Future[Path]]:

@@ -112,7 +112,7 @@ def test_calibratemix_runs_on_another_base(tmp_path):
     for experiment in (mixed, Experiment("calibratemix", "flexmatch", scale="tiny")):
         assert runs.is_finished(experiment, tmp_path / "runs")
     assert len(list((tmp_path / "runs").glob("*/metrics.json"))) == 2
-    assert len(figures(book)) == 8
+    assert len(figures(book)) == 9
     assert "--set base=flexmatch" in shown(book) and "not run" in shown(book)
 
 
@@ -124,7 +124,7 @@ def test_csl_shows_the_runs_that_it_trains_and_so_do_the_tables(tmp_path):
     assert status == 0, printed[-3000:]
     for item in (experiment, Experiment("csl", "unimatch", "scenes", 10, 0, "tiny")):
         assert runs.is_finished(item, root)
-    assert len(figures(book)) == 12 and all(len(figure) > 5000 for figure in figures(book))
+    assert len(figures(book)) == 13 and all(len(figure) > 5000 for figure in figures(book))
     reported = runs.load_metrics(runs.folder_of(experiment, root))["reported"]["last"]["ema"]
     numbers = next(cell.outputs for cell in code_cells(book) if cell.source == "notebook.train(experiment, asked)")
     assert "mIoU (%)" in str(numbers) and f"{100 * reported['miou']:.2f}" in str(numbers)
@@ -144,7 +144,7 @@ def test_pcre_shows_its_runs_beside_published_numbers(tmp_path):
     assert status == 0, printed[-3000:]
     for item in (experiment, Experiment("pcre", "plain", "scenes", 60, 0, "tiny")):
         assert runs.is_finished(item, root)
-    assert len(figures(book)) == 9 and all(len(figure) > 5000 for figure in figures(book))
+    assert len(figures(book)) == 10 and all(len(figure) > 5000 for figure in figures(book))
     reported = runs.load_metrics(runs.folder_of(experiment, root))["reported"]["last"]["ema"]
     numbers = next(cell.outputs for cell in code_cells(book) if cell.source == "notebook.train(experiment, asked)")
     assert "CAM mIoU (%)" in str(numbers) and f"{100 * reported['cam_miou']:.2f}" in str(numbers)
@@ -163,7 +163,7 @@ def test_trust_region_shows_its_runs_beside_published_numbers(tmp_path):
     assert status == 0, printed[-3000:]
     for item in (experiment, Experiment("trust_region", "partial_ce", "scenes", 100, 0, "tiny")):
         assert runs.is_finished(item, root)
-    assert len(figures(book)) == 11 and all(len(figure) > 5000 for figure in figures(book))
+    assert len(figures(book)) == 12 and all(len(figure) > 5000 for figure in figures(book))
     reported = runs.load_metrics(runs.folder_of(experiment, root))["reported"]["last"]["ema"]
     numbers = next(cell.outputs for cell in code_cells(book) if cell.source == "notebook.train(experiment, asked)")
     assert all(f"{100 * reported[name]:.2f}" in str(numbers) for name in ("miou", "proposal_accuracy"))

@@ -10,6 +10,7 @@ from repro import calibration
 from repro.experiment import Experiment, resolve
 from repro.grids import Column
 from repro.methods.few_labels import commatch
+from repro.metrics import METRICS
 from repro.papers import PAPERS
 from repro.plots import common, labels, style
 from repro.report import content
@@ -148,6 +149,17 @@ def test_the_published_cells_are_of_the_first_reference_that_has_a_number(tmp_pa
         (published,) = axes.child_axes
         assert [label.get_text() for label in published.get_yticklabels()] == [stated, "not available"]
         assert f"mIoU, {references[-1].title}" in texts(axes).replace("\n", " ")
+
+
+@pytest.mark.parametrize(("metric", "values", "least"), [("error", (61.4600, 61.4601), 0.5), ("nll", (2.0, 2.001), 0.1),
+                                                         ("error", (20.0, 40.0), 20.0)])  # fmt: skip
+def test_values_that_hardly_differ_do_not_fill_an_axis(metric, values, least):
+    axes = style.Drawing().subplots()
+    axes.plot(values, (0, 1))
+    common.keep_apart(axes, "x", METRICS[metric])
+    low, high = axes.get_xlim()
+    assert high - low >= 0.999 * least and low < values[0] < values[1] < high
+    assert axes.xaxis.get_major_formatter().get_useOffset() is False
 
 
 def test_an_ablation_draws_the_seeds_that_its_rows_share(tmp_path):
