@@ -47,7 +47,8 @@ def test_links_lead_from_the_overview_to_a_run_and_back(browser, built):  # noqa
     page = browser.new_page()
     page.goto((built / "index.html").as_uri())
     page.click("nav >> text=ComMatch")
-    page.click("#commands ~ div a >> nth=0")
+    page.click("#commands ~ details summary")
+    page.click("#commands ~ details a >> nth=0")
     assert page.title().startswith("supervised on fashion")
     page.click("nav >> text=Overview")
     assert page.title() == "Learning from few or weak labels: measured beside published"
