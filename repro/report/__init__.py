@@ -48,12 +48,14 @@ def build(scale: str, seeds: Sequence[int], root: Path, checkout: Path | None = 
 
     scale, seeds: of the runs that are read. root: folder of runs; the report goes to `root/report-<scale>`.
     checkout: one whose `figures/` and README block are renewed too; None leaves them alone.
-    Nothing is written when no record, notebook, text or code changed since the last report.
+    Nothing is written when no record, notebook, text or code changed since the last report, unless that one renewed no
+    checkout and this one shall.
     """
     folder = Path(root) / f"report-{scale}"
     page, made = folder / "index.html", folder / "inputs.json"
     inputs = _inputs(scale, seeds, root)
-    if page.exists() and made.exists() and read_json(made) == inputs:
+    last = read_json(made) if page.exists() and made.exists() else {}
+    if last.pop("published", False) >= (checkout is not None) and last == inputs:
         return page
     made.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ def build(scale: str, seeds: Sequence[int], root: Path, checkout: Path | None = 
     saved = committed.save(tables.collect(plan.select(scale=scale, seeds=seeds), root), folder / "runs.csv")
     if checkout is not None:
         publish(saved, folder, parts, checkout, [figure for section in between for figure in section["figures"]])
-    write_json(made, inputs | {"committed": _committed_digest()})
+    write_json(made, inputs | {"committed": _committed_digest(), "published": checkout is not None})
     return page
 
 

@@ -49,7 +49,7 @@ class Point:
     """A method with a budget, over seeds.
 
     kind: of supervision, or the paper's title for classifiers; label, method: of the row; budget: in words.
-    experiments: one a seed (full supervision: one a seed and recorded length); finished: those that have run.
+    experiments: one a seed; finished: those that have run.
     metrics: name -> Summary of the last evaluation of the EMA weights. planned: seeds. effort: None for classifiers.
     """
 

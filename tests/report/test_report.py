@@ -373,6 +373,20 @@ def test_nothing_is_written_twice(root, monkeypatch):
     assert written() != later
 
 
+def test_a_report_that_renewed_no_checkout_does_so_when_asked_again(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PAPERS", {"csl": csl})
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "README.md").write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    report.build("mini", (0,), root)
+    page = report.build("mini", (0,), root, checkout)
+    assert (checkout / "figures" / "results.md").exists() and "\nold\n" not in (checkout / "README.md").read_text()
+    before = page.stat().st_mtime_ns
+    report.build("mini", (0,), root, checkout)
+    report.build("mini", (0,), root)
+    assert page.stat().st_mtime_ns == before
+
+
 def test_a_changed_text_writes_pages_again_and_trains_nothing(root, tmp_path, monkeypatch):
     package = tmp_path / "package"
     shutil.copytree(report.PACKAGE / "report" / "templates", package / "report" / "templates")
