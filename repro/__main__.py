@@ -16,11 +16,11 @@ DATA = "folder of local data sets (default: REPRO_DATA, then the hub)"
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and do it; returns the exit status (2: bad input, 130: interrupted, 1: failed)."""
     options = parser().parse_args(arguments)
-    from repro.checkpoints import CorruptFile
-    from repro.data.images import DataError
+    from repro.data.catalogue import DataError
+    from repro.files import CorruptFile
     from repro.models.pretrained import WeightsError
     from repro.runs import RunBusy
-    from repro.training import NonFiniteLoss
+    from repro.train import NonFiniteLoss
 
     try:
         return options.call(options)
@@ -120,7 +120,7 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
 
 
 def _planned(options: argparse.Namespace) -> list:
-    from repro import plan
+    from repro.batch import plan
 
     selection = plan.select(
         options.paper,
@@ -141,7 +141,7 @@ def _seeds(options: argparse.Namespace) -> range:
 
 
 def _workers(options: argparse.Namespace) -> int:
-    from repro.batch import default_workers
+    from repro.batch.local import default_workers
 
     if options.workers < 0:
         raise SettingError(f"workers is {options.workers}; it must be 0 (one a CPU core, or one with CUDA) or more")
@@ -149,7 +149,7 @@ def _workers(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from repro import plan
+    from repro.batch import plan
 
     planned, workers = _planned(options), _workers(options)
     print(json.dumps(plan.as_json(planned, workers), indent=1) if options.json else plan.as_text(planned, workers))
@@ -158,7 +158,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _rerun(options: argparse.Namespace) -> int:
     from repro import runs
-    from repro.rerun import rerun
+    from repro.batch.execute import rerun
 
     names = ("engine", "workers", "device", "retries", "time_limit", "profile", "data_root")
     settings = {name: getattr(options, name) for name in names}
@@ -166,9 +166,10 @@ def _rerun(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from repro import report, runs
+    from figures import report
+    from repro import runs
+    from repro.batch.reproduce import CHECKOUT, unpublished
     from repro.experiment import SCALES
-    from repro.reproduce import CHECKOUT, unpublished
     from repro.settings import unknown
 
     if options.scale not in SCALES:
@@ -181,7 +182,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from repro.exchange import export
+    from figures.exchange import export
 
     frame = export(options.to, options.runs, options.scale, options.label)
     print(f"{frame['run'].nunique()} runs, {len(frame)} numbers: {options.to}")
@@ -189,7 +190,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from repro.exchange import bring_in
+    from figures.exchange import bring_in
 
     print("\n".join(bring_in(options.file, options.label, options.runs).lines()))
     return 0
@@ -232,10 +233,10 @@ def parse_override(text: str) -> tuple[str, object]:
 
 def _run(options: argparse.Namespace) -> int:
     from repro import runs
-    from repro.batch import title
-    from repro.metrics import sentence
+    from repro.batch.local import title
+    from repro.batch.progress import StepBar
+    from repro.measure.metrics import sentence
     from repro.papers import PAPERS
-    from repro.progress import StepBar
 
     experiment = _experiment(options)
     on_step = _print_progress if options.progress_lines else StepBar(title(experiment))
@@ -263,7 +264,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from repro.reproduce import reproduce
+    from repro.batch.reproduce import reproduce
 
     return reproduce(options.scale, options.seeds, options.workers, options.runs, options.device)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repro.data.masks import IGNORE
-from repro.segmentation import iou
+from repro.measure.segmentation import iou
 
 SCALES = (1.0, 0.5, 1.5)  # ToCo's; PCRE trains with 1, .5, .75, 1.5
 THRESHOLDS = tuple(step / 100 for step in range(100))  # of the background

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from repro.checkpoints import CorruptFile, write_text
+from repro.files import CorruptFile, write_text
 
 FILE = "history.jsonl"
 

@@ -25,14 +25,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from repro import evaluation
-from repro.checkpoints import CorruptFile, atomic_path, load_state, read_json, save_state, write_json
 from repro.experiment import Experiment, Recipe, record, resolve, run_id
+from repro.files import CorruptFile, atomic_path, load_state, read_json, save_state, write_json
 from repro.history import History
 from repro.papers import PAPERS
 from repro.randomness import seed_everything
 from repro.settings import SettingError
-from repro.training import CHECKPOINT, MOMENTS, Interrupted, train
+from repro.tasks import monitors
+from repro.train import CHECKPOINT, MOMENTS, Interrupted, train
 
 PACKAGES = ("torch", "numpy", "pandas", "datasets", "pyarrow", "scipy", "pillow", "safetensors")
 
@@ -146,8 +146,8 @@ def summary(history: History, metric: str) -> dict:
     """Metrics by reporting rule (last, median20, best by `metric`) and weights (ema, live)."""
     rows = history.of("evaluation")
     return {
-        rule: {weights: evaluation.report(rows, rule, weights, metric) for weights in ("ema", "live")}
-        for rule in evaluation.REPORTING
+        rule: {weights: monitors.report(rows, rule, weights, metric) for weights in ("ema", "live")}
+        for rule in monitors.REPORTING
     }
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from repro.checkpoints import save_state
 from repro.experiment import Experiment
+from repro.files import save_state
 from repro.runs import folder_of
 from tests import fake_outputs
 

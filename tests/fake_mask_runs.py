@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from repro.checkpoints import save_state, write_json
-from repro.evaluation import REPORTING
 from repro.experiment import Experiment, record
+from repro.files import save_state, write_json
+from repro.measure.segmentation import SegmentationSums
 from repro.runs import folder_of
-from repro.segmentation import SegmentationSums
-from repro.training import MOMENTS
+from repro.tasks.monitors import REPORTING
+from repro.train import MOMENTS
 from tests.fake_runs import finished
 
 CLASSES = 6

@@ -5,7 +5,7 @@ import json
 import matplotlib as mpl
 import torch
 
-from repro.checkpoints import save_state
+from repro.files import save_state
 from tests import fake_runs
 
 

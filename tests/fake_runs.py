@@ -4,10 +4,10 @@ for."""
 import json
 from pathlib import Path
 
-from repro.checkpoints import write_json
-from repro.evaluation import REPORTING
 from repro.experiment import Experiment, record
+from repro.files import write_json
 from repro.runs import PACKAGES, folder_of
+from repro.tasks.monitors import REPORTING
 
 METRICS = {"error": 0.3, "accuracy": 0.7, "ece_15": 0.1, "ece_10_left": 0.11, "nll": 1.5, "brier": 0.45}
 PER_CLASS = {"per_class_accuracy": [0.5, None]}

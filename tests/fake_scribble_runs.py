@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from repro.checkpoints import save_state, write_json
 from repro.data.scribbles import reaches_of
-from repro.evaluation import REPORTING
 from repro.experiment import Experiment, record
-from repro.potts import contrast_grid, potts_energy, relaxed_potts
+from repro.files import save_state, write_json
+from repro.measure.segmentation import confusion, mean_iou, pixel_accuracy
 from repro.runs import folder_of, load_metrics
-from repro.segmentation import confusion, mean_iou, pixel_accuracy
-from repro.training import MOMENTS
+from repro.solvers.potts import contrast_grid, potts_energy, relaxed_potts
+from repro.tasks.monitors import REPORTING
+from repro.train import MOMENTS
 from tests.fake_mask_runs import CLASSES, measured, scenes, write_mask_folder
 from tests.fake_tag_runs import noise
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repro.cam import bilinear, min_max, threshold_counts
-from repro.checkpoints import save_state, write_json
 from repro.data.masks import tags_of
-from repro.evaluation import REPORTING
 from repro.experiment import Experiment, TagRecipe, record
+from repro.files import save_state, write_json
 from repro.methods.image_tags.pcre import PCRESettings
 from repro.methods.image_tags.regions import joint_confidence, squared_distances
-from repro.methods.image_tags.task import cam_report, thresholds
 from repro.runs import folder_of
-from repro.training import MOMENTS
+from repro.tasks.monitors import REPORTING
+from repro.tasks.tags import cam_report, thresholds
+from repro.train import MOMENTS
 from tests.fake_mask_runs import CLASSES, SIZE, measured, scenes
 from tests.fake_runs import finished
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from repro import plan, runs
+from repro import runs
+from repro.batch import plan
 from repro.experiment import SCALES, Experiment, run_id
 from repro.papers import PAPERS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import torch
 
-from repro.data import images
+from repro.data import catalogue
 from repro.experiment import Experiment, record
 
 PARAMETERS = "\n".join(
@@ -48,7 +48,7 @@ def training(folder: Path, *cells: str, before: Sequence[str] = ()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / "fashion.pt"
     if not copy.exists():
-        torch.save({split: images.load("fashion", split) for split in ("train", "test")}, copy)
+        torch.save({split: catalogue.load("fashion", split) for split in ("train", "test")}, copy)
     return plain(folder, *before, QUICK.strip().format(copy=str(copy)), TRAIN, *cells)
 
 

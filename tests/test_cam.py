@@ -28,8 +28,8 @@ from repro.cam import (
     refined_labels,
     threshold_counts,
 )  # fmt: skip
+from repro.measure.segmentation import confusion
 from repro.models.vit import Layout, ViT
-from repro.segmentation import confusion
 
 C = 3
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from repro.checkpoints import CorruptFile
+from repro.files import CorruptFile
 from repro.history import FILE, History
 
 ROWS = [

@@ -8,13 +8,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from repro import exchange, plan, report, runs
+from figures import exchange, report
+from repro import runs
 from repro.__main__ import main, parse_override
-from repro.checkpoints import CorruptFile
+from repro.batch import plan
 from repro.experiment import Experiment, run_id
-from repro.methods.few_labels import task
+from repro.files import CorruptFile
 from repro.settings import SettingError
-from repro.training import Interrupted, NonFiniteLoss
+from repro.tasks import labels as task
+from repro.train import Interrupted, NonFiniteLoss
 from tests.fake_runs import write_run
 
 TINY = ["--method", "supervised", "--scale", "tiny", "--set", "steps=1", "--set", "batch=2"]
@@ -186,9 +188,9 @@ def test_plan_prints_the_runs_of_an_ablation_and_their_bill(tmp_path, capsys):
 def test_plan_and_rerun_take_the_same_selection(monkeypatch, tmp_path, arguments, selected):
     asked, reran = [], []
     monkeypatch.setattr(plan, "select", lambda *chosen: asked.append(chosen) or {})
-    module = ModuleType("repro.rerun")
+    module = ModuleType("repro.batch.execute")
     module.rerun = lambda *chosen, **settings: reran.append((*chosen, settings)) or SimpleNamespace(exit_status=1)
-    monkeypatch.setitem(sys.modules, "repro.rerun", module)
+    monkeypatch.setitem(sys.modules, "repro.batch.execute", module)
     assert main(["plan", *arguments]) == 0
     options = ["--workers", "2", "--retries", "0", "--time-limit", "60", "--engine", "sequential", "--device", "cpu"]
     assert main(["rerun", *arguments, *options, "--runs", str(tmp_path), "--profile", "slurm"]) == 1
@@ -228,9 +230,9 @@ def test_stale_runs_are_planned_again_only_when_asked(tmp_path, capsys):
 )
 def test_bad_input_to_a_batch_is_one_line_and_status_2(monkeypatch, tmp_path, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    module = ModuleType("repro.rerun")
+    module = ModuleType("repro.batch.execute")
     module.rerun = lambda *_, **__: pytest.fail("it ran")
-    monkeypatch.setitem(sys.modules, "repro.rerun", module)
+    monkeypatch.setitem(sys.modules, "repro.batch.execute", module)
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("repro: ") and message in err and err.count("\n") == 1

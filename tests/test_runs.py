@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from repro import checkpoints, runs
-from repro.checkpoints import CorruptFile
-from repro.data import images
+from repro import files, runs
+from repro.data import catalogue
 from repro.data.augment import Views
-from repro.evaluation import REPORTING, measure, predict
 from repro.experiment import Experiment, record, resolve, run_id
+from repro.files import CorruptFile
 from repro.history import History
-from repro.methods.few_labels import task
 from repro.models.wide_resnet import wide_resnet
 from repro.runs import RunBusy, execute
 from repro.settings import SettingError
-from repro.training import CHECKPOINT, MOMENTS, Interrupted
+from repro.tasks import labels as task
+from repro.tasks.monitors import REPORTING, measure, predict
+from repro.train import CHECKPOINT, MOMENTS, Interrupted
 
 FAST = {"steps": 6, "batch": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 3}
 SUPERVISED = Experiment("commatch", "supervised", "fashion", 100, 0, "tiny", FAST)
@@ -182,10 +182,10 @@ def test_dirty_means_a_change_in_the_package(tmp_path, monkeypatch):
 
 def test_saved_weights_reproduce_the_reported_numbers(root):
     folder = runs.folder_of(COMMATCH, root)
-    recipe, source = resolve(COMMATCH), images.SOURCES["fashion"]
+    recipe, source = resolve(COMMATCH), catalogue.SOURCES["fashion"]
     network = wide_resnet(recipe.network, 10, 1, recipe.variant, recipe.dropout, None, recipe.bn_momentum)
     network.load_state_dict(load_file(folder / "weights.safetensors"))
-    test = images.load("fashion", "test")
+    test = catalogue.load("fashion", "test")
     logits = predict(network, test.images, Views(source.mean, source.std, source.flip))
     reported = runs.load_metrics(folder)["reported"]["last"]["ema"]
     measured = measure(logits, test.labels)
@@ -211,7 +211,7 @@ def test_moments_are_read_in_the_order_of_their_steps(tmp_path):
     expected = {step: {"confidence": torch.rand(2, 3), "label": torch.full((2, 3), step % 256).byte()}
                 for step in (1000, 30, 200, 4)}  # fmt: skip
     for step, arrays in expected.items():
-        checkpoints.save_state(tmp_path / MOMENTS / f"{step}.safetensors", arrays)
+        files.save_state(tmp_path / MOMENTS / f"{step}.safetensors", arrays)
     (tmp_path / MOMENTS / ".5.safetensors.abc.part").write_text("what a kill in the middle of a write leaves")
     found = runs.load_moments(tmp_path)
     assert list(found) == [4, 30, 200, 1000]
@@ -277,7 +277,7 @@ def test_a_run_killed_between_training_and_metrics_ends_as_if_undisturbed(tmp_pa
     def write(path, value):
         if path.name == "metrics.json":
             raise KeyboardInterrupt
-        checkpoints.write_json(path, value)
+        files.write_json(path, value)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "write_json", write)
@@ -350,7 +350,7 @@ def test_a_full_disk_is_named_and_the_run_continues_when_there_is_space(tmp_path
 
     def fill(done, total, row):
         if done == 3:
-            patch.setattr(checkpoints.os, "fsync", full)
+            patch.setattr(files.os, "fsync", full)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"cannot write .*checkpoint.* \(.*No space left"):
         execute(SUPERVISED, tmp_path, on_step=fill)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from repro.data import ctaugment, randaugment
 from repro.data.ctaugment import CTAugment, CTPolicy
-from repro.data.operations import take
+from repro.data.pil_ops import take
 from repro.data.randaugment import Flavour, RandAugment
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from repro.data import operations
-from repro.data.operations import CODE, RESAMPLERS
+from repro.data import pil_ops
+from repro.data.pil_ops import CODE, RESAMPLERS
 from repro.data.randaugment import Range, Ranges
 
 _ENHANCE = (0.1, 2.0)
@@ -133,7 +133,7 @@ class CTAugment(nn.Module):
         rescaled = codes == CODE["Rescale"]
         method = level[..., 1] * 5.99 / len(RESAMPLERS)  # released code: int(5.99 * level)
         point[..., 0] = torch.where(rescaled, method.float(), point[..., 0])
-        return operations.apply(images, codes, magnitudes, point, dense=self.dense, among=self.ranges.names)
+        return pil_ops.apply(images, codes, magnitudes, point, dense=self.dense, among=self.ranges.names)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The strong view: the learned policy, then Cutout at its largest size (16 for 32 x 32), as FixMatch.
@@ -145,7 +145,7 @@ class CTAugment(nn.Module):
         side = self.rates.new_full((b,), 1 + int(0.499 * min(height, width)))
         everywhere = torch.full((b,), CODE["Cutout"], device=images.device)
         point = torch.rand(b, 2, generator=generator, device=images.device)
-        return operations.apply(images, everywhere, side, point, dense=True, among=("Cutout",))
+        return pil_ops.apply(images, everywhere, side, point, dense=True, among=("Cutout",))
 
     def probe(
         self, images: Tensor, generator: torch.Generator | None = None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from repro.data.images import EMBEDDED, SOURCES, DataError, digest_of
+from repro.data.catalogue import EMBEDDED, SOURCES, DataError, digest_of
 from repro.data.splits import FOR_EMBEDDING, balanced
 
 SEED = 0

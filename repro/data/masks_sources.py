@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from repro.data.images import DataError
-from repro.data.mask_layouts import (
+from repro.data.catalogue import DataError
+from repro.data.folders import (
     CITYSCAPES_CLASSES,
     COCO_CLASSES,
     VOC_CLASSES,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from repro.data import operations
-from repro.data.operations import CODE
+from repro.data import pil_ops
+from repro.data.pil_ops import CODE
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class RandAugment(nn.Module):
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """images: uint8 (B, C, H, W), C = 1 or 3. Returns the same shape."""
         codes, magnitudes = self.draw(len(images), *images.shape[2:], generator=generator)
-        augmented = operations.apply(images, codes, magnitudes, dense=self.dense, among=self.ranges.names)
+        augmented = pil_ops.apply(images, codes, magnitudes, dense=self.dense, among=self.ranges.names)
         if self.flavour.outside is not None:
             opacity = self._opacity(images, codes, magnitudes)
             augmented = (augmented & opacity) | (~opacity & self.flavour.outside)
@@ -242,10 +242,10 @@ class RandAugment(nn.Module):
     def _opacity(self, images: Tensor, codes: Tensor, magnitudes: Tensor) -> Tensor:
         """uint8 (B, 1, H, W): 0 for pixels from outside that no operation has made opaque since, else 255."""
         opacity = torch.full_like(images[:, :1], 255)
-        (moves,) = operations.prepare_affine(codes, magnitudes, None, *images.shape[2:])
+        (moves,) = pil_ops.prepare_affine(codes, magnitudes, None, *images.shape[2:])
         opaque = torch.isin(codes, self.opaque).to(torch.uint8)[..., None, None, None] * 255
         for move, solid in zip(moves, opaque, strict=True):
-            opacity = operations.affine(opacity, move) | solid
+            opacity = pil_ops.affine(opacity, move) | solid
         return opacity
 
 
@@ -267,4 +267,4 @@ def cut_out(images: Tensor, box: Box, fill: Tensor, generator: torch.Generator |
         left, top, right, bottom = x - half, y - half, x + half, y + half
     right = torch.where(side > 0, right, left)
     fill = fill if c == 3 else fill.float().mean(0, keepdim=True).round().to(torch.uint8)
-    return operations.fill_box(images, left, top, right, bottom, fill)
+    return pil_ops.fill_box(images, left, top, right, bottom, fill)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from repro.data.images import SOURCES, load
+from repro.data.catalogue import SOURCES, load
 from repro.data.masks import IGNORE, MaskSet, mask_digest
 
 GARMENTS = SOURCES["fashion"].classes

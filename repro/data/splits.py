@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from repro.data.images import SOURCES, ImageSet, load
+from repro.data.catalogue import SOURCES, ImageSet, load
 
 # Words of different purposes must not coincide for equal seeds.
 FOR_LABELS, FOR_HOLDOUT, FOR_EMBEDDING = 0, 1, 2

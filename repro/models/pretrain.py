@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repro.checkpoints import atomic_path
 from repro.data import scenes
 from repro.data.augment import Views
+from repro.data.catalogue import SOURCES
 from repro.data.embed import official_index, read_official
-from repro.data.images import SOURCES
+from repro.files import atomic_path
 from repro.models.pretrained import MEAN, SHIPPED, STD
 from repro.models.resnet import resnet
 from repro.models.vit import LAYOUTS as VITS

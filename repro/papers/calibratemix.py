@@ -7,8 +7,8 @@ SoftMatch as the base; on other bases the method is a reconstruction.
 from collections.abc import Sequence
 
 from repro.experiment import Experiment, Recipe
-from repro.grids import LABELS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers import few_labels, published
+from repro.papers.grid import LABELS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers.published import Reference
 
 TITLE = "CalibrateMix: mixup guided by how easy or hard an image is"
@@ -29,7 +29,7 @@ check_budget, check_recipe = few_labels.check_budget, few_labels.check_recipe
 
 def task(experiment):
     """The module that prepares this paper's runs."""
-    from repro.methods.few_labels import task
+    from repro.tasks import labels as task
 
     return task
 

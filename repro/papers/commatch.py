@@ -8,8 +8,8 @@ ablation of Table 3 are not available; their rows exist here, with empty publish
 from collections.abc import Sequence
 
 from repro.experiment import Experiment, Recipe
-from repro.grids import LABELS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers import few_labels, published
+from repro.papers.grid import LABELS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers.published import Derived, Published, Reference
 
 TITLE = "ComMatch: consistency, negative learning, moving thresholds, predictive stability"
@@ -27,7 +27,7 @@ check_budget, check_recipe = few_labels.check_budget, few_labels.check_recipe
 
 def task(experiment):
     """The module that prepares this paper's runs."""
-    from repro.methods.few_labels import task
+    from repro.tasks import labels as task
 
     return task
 

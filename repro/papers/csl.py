@@ -7,8 +7,8 @@ Published numbers are its peers', from the READMEs of UniMatch, CorrMatch and Un
 from collections.abc import Sequence
 
 from repro.experiment import Experiment, Recipe
-from repro.grids import MASKED, MASKS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers import few_masks, published
+from repro.papers.grid import MASKED, MASKS, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers.published import Reference
 
 TITLE = "CSL: pixels separated by confidence, reliable ones masked"
@@ -27,7 +27,7 @@ check_budget, check_recipe = few_masks.check_budget, few_masks.check_recipe
 
 def task(experiment):
     """The module that prepares this paper's runs."""
-    from repro.methods.few_masks import task
+    from repro.tasks import masks as task
 
     return task
 

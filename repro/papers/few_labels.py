@@ -9,12 +9,12 @@ from typing import Any
 
 from repro.data import splits
 from repro.data.augment import STRONG
-from repro.data.images import SOURCES
+from repro.data.catalogue import SOURCES
 from repro.experiment import LabelRecipe, Recipe
-from repro.grids import Column, Row
 from repro.methods.few_labels import METHODS
 from repro.models.wide_resnet import LAYOUTS
 from repro.papers import published
+from repro.papers.grid import Column, Row
 from repro.papers.published import Reference
 from repro.settings import SettingError, replace, unknown
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from repro.experiment import MaskRecipe
 from repro.methods.few_masks import METHODS
-from repro.methods.few_masks.task import budget_of
 from repro.models.resnet import LAYOUTS
 from repro.settings import SettingError, replace, unknown
+from repro.tasks.masks import budget_of
 
 # Published numbers of masks; of scenes any number may be shown.
 BUDGETS = {

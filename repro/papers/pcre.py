@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from repro.experiment import Experiment, Recipe
-from repro.grids import ACTIVATED, TAGS, Claim, Column, Row, Table, checked_seeds, experiment
 from repro.papers import image_tags, published
+from repro.papers.grid import ACTIVATED, TAGS, Claim, Column, Row, Table, checked_seeds, experiment
 from repro.papers.published import Reference
 
 TITLE = "PCRE: confident regions grown from image tags"
@@ -32,7 +32,7 @@ check_budget, check_recipe = image_tags.check_budget, image_tags.check_recipe
 
 def task(experiment):
     """The module that prepares this paper's runs."""
-    from repro.methods.image_tags import task
+    from repro.tasks import tags as task
 
     return task
 

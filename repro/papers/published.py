@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro.grids import LABELS, MASKS, SCRIBBLES
+from repro.papers.grid import LABELS, MASKS, SCRIBBLES
 
 NOT_AVAILABLE = "not available"
 # Published metric -> ours (None: a statement that no run's metric can stand beside). All are percentages or

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from repro.experiment import Experiment, Recipe
-from repro.grids import SCRIBBLES, Claim, Column, Row, Table, ablation, checked_seeds, experiment
-from repro.metrics import METRICS
+from repro.measure.metrics import METRICS
 from repro.papers import published, scribbles
+from repro.papers.grid import SCRIBBLES, Claim, Column, Row, Table, ablation, checked_seeds, experiment
 from repro.papers.published import Reference
 
 TITLE = "Robust Trust Region: a strong solver proposes, a robust loss learns"
@@ -33,7 +33,7 @@ check_budget, check_recipe = scribbles.check_budget, scribbles.check_recipe
 
 def task(experiment):
     """The module that prepares this paper's runs."""
-    from repro.methods.scribbles import task
+    from repro.tasks import scribbles as task
 
     return task
 

@@ -20,8 +20,8 @@ import torch
 from scipy import ndimage
 
 from repro.data.scenes import scenes
-from repro.potts import contrast_grid, problems
-from repro.solve import UNLABELLED, Problem, SolverSettings, solve_all, start_workers
+from repro.solvers.cuts import UNLABELLED, Problem, SolverSettings, solve_all, start_workers
+from repro.solvers.potts import contrast_grid, problems
 
 # height, width, labels, images in one process, images by all workers
 SIZES = {

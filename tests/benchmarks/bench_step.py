@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from repro import optimisation
 from repro.experiment import Experiment, resolve
-from repro.methods.few_labels import task as tasks
 from repro.randomness import seed_everything
-from repro.training import train
+from repro.tasks import labels as tasks
+from repro.train import train
 
 
 def loop_seconds(experiment: Experiment, steps: int) -> float:

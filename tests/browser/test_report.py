@@ -6,7 +6,7 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tests.report.test_report import built  # noqa: F401
+from tests.figures.report.test_report import built  # noqa: F401
 
 FLAGS = ["--no-sandbox", "--disable-gpu"]
 # Elements that reach beyond the window and lie in no box that scrolls.

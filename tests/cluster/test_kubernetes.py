@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from repro import runs, workflow
-from repro.plan import plan
-from repro.rerun import rerun
+from repro import runs
+from repro.batch import snakemake
+from repro.batch.execute import rerun
+from repro.batch.plan import plan
 from tests import small_notebooks
 from tests.small_notebooks import TINY
 
@@ -91,7 +92,7 @@ def test_runs_go_to_kubernetes_and_leave_their_results_on_the_volume(api, tmp_pa
     root, profile = tmp_path / "runs", tmp_path / "profile"
     root.mkdir()
     profile.mkdir()
-    text = (workflow.HERE / "kubernetes" / "config.yaml").read_text()
+    text = (snakemake.HERE / "kubernetes" / "config.yaml").read_text()
     (profile / "config.yaml").write_text(text.replace("/runs", str(root)))
     notebooks = small_notebooks.training(tmp_path / "notebooks")
     diverging = TINY.with_(lr=1e30, steps=30)

@@ -14,9 +14,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from repro import once, runs
-from repro.plan import plan
-from repro.rerun import rerun
+from repro import runs
+from repro.batch import once
+from repro.batch.execute import rerun
+from repro.batch.plan import plan
 from tests import small_notebooks
 from tests.small_notebooks import TINY
 

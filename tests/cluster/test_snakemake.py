@@ -9,9 +9,10 @@ import time
 import psutil
 import pytest
 
-from repro import once, runs
-from repro.plan import plan
-from repro.rerun import rerun
+from repro import runs
+from repro.batch import once
+from repro.batch.execute import rerun
+from repro.batch.plan import plan
 from tests import small_notebooks
 from tests.small_notebooks import TINY
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from repro.data.mask_layouts import VOC_CLASSES
+from repro.data.folders import VOC_CLASSES
 from repro.data.masks import palette
 from repro.data.masks_sources import MASK_SOURCES
 

@@ -6,9 +6,9 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.stats import chisquare, kstest
 
-from repro.data.operations import CODE, OPERATIONS
+from repro.data.pil_ops import CODE, OPERATIONS
 from repro.data.randaugment import FLAVOURS, Box, Flavour, RandAugment, Range, cut_out
-from tests.data.test_operations import ORACLE, from_pil, photographs, to_pil
+from tests.data.test_pil_ops import ORACLE, from_pil, photographs, to_pil
 
 FOURTEEN = (
     "AutoContrast Brightness Color Contrast Equalize Identity Posterize "

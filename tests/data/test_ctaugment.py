@@ -7,7 +7,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy.stats import chisquare
 
 from repro.data.ctaugment import CTAugment, CTPolicy
-from tests.data.test_operations import affine, from_pil, photographs, to_pil
+from tests.data.test_pil_ops import affine, from_pil, photographs, to_pil
 
 UPPER = ("LANCZOS", "BICUBIC", "BILINEAR", "BOX", "HAMMING", "NEAREST")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from repro.data import embed, images
-from repro.data.images import DataError, load
+from repro.data import catalogue, embed
+from repro.data.catalogue import DataError, load
 from repro.data.sources import SOURCES
 from tests.data.fixtures import python, shrink
 
@@ -37,9 +37,9 @@ def test_embedded_splits_are_disjoint_and_the_catalogue_has_their_statistics():
 
 
 def test_embedded_files_are_small_and_carry_their_licence():
-    sizes = [path.stat().st_size for path in images.EMBEDDED.glob("*.parquet")]
+    sizes = [path.stat().st_size for path in catalogue.EMBEDDED.glob("*.parquet")]
     assert sum(sizes) < 8e6 and max(sizes) < 1.5e6
-    notice = (images.EMBEDDED / "LICENSE").read_text()
+    notice = (catalogue.EMBEDDED / "LICENSE").read_text()
     assert "2017, Zalando SE" in notice and "Permission is hereby granted, free of charge" in notice
 
 
@@ -85,7 +85,7 @@ def test_embedding_is_reproducible_and_loads_as_the_official_rows(monkeypatch, t
     assert files == [f"train-0000{shard}-of-00004.parquet" for shard in range(4)]
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    for module in (images, embed):
+    for module in (catalogue, embed):
         monkeypatch.setattr(module, "EMBEDDED", tmp_path / "one")
     index = embed.official_index("train").numpy()
     built = load("fashion", "train")

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from scipy.io import loadmat
 
-from repro.data import mask_layouts
-from repro.data.images import DataError
-from repro.data.mask_layouts import CITYSCAPES_IDS
-from repro.data.mask_pools import draw_folder, draw_tags, read_ahead
+from repro.data import folders
+from repro.data.catalogue import DataError
+from repro.data.folders import CITYSCAPES_IDS
 from repro.data.masks import FOR_MASKS, MaskSet, choose, draw_masks, mask_digest, palette, show_tags, tags_of
 from repro.data.masks_sources import MASK_SOURCES, open_masks, open_tags
+from repro.data.pools import draw_folder, draw_tags, read_ahead
 from repro.data.scenes import scenes
 from tests.data.mask_fixtures import (
     image_of,
@@ -266,7 +266,7 @@ def test_damaged_annotations_are_named(monkeypatch, tmp_path):
     folder = small_coco(monkeypatch, tmp_path, "2017", masks=False)
     path = folder / "annotations" / "instances_train2017.json"
     path.write_text(path.read_text()[:50])
-    mask_layouts._coco_annotations.cache_clear()
+    folders._coco_annotations.cache_clear()
     with pytest.raises(DataError, match="instances_train2017.json is not a COCO instance file"):
         open_masks("coco2017", "train", tmp_path)
     crowd = {"image_id": 9, "iscrowd": 1, "area": 1, "segmentation": {"counts": "ab1", "size": [18, 20]}}
@@ -470,7 +470,7 @@ def test_polygons_are_not_kept(monkeypatch, tmp_path):
         kept.append(json.dumps(content))
         return content
 
-    monkeypatch.setattr(mask_layouts.json, "load", watched)
+    monkeypatch.setattr(folders.json, "load", watched)
     open_tags("coco2014", "train", tmp_path)
     assert len(kept) == 1 and "segmentation" not in kept[0] and "category_id" in kept[0]
 

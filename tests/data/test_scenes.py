@@ -4,7 +4,7 @@ import torch
 from scipy import ndimage
 
 from repro.data import scenes as module
-from repro.data.images import load
+from repro.data.catalogue import load
 from repro.data.scenes import COS, DEFAULT, GARMENTS, LEVEL, OPENING, SIDE, SIN, TURN, colour, cut_out, scenes
 
 SMALL = scenes("train", 60, seed=3)

@@ -9,12 +9,12 @@ from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 from scipy.sparse.csgraph import floyd_warshall
 
-from repro.data.images import DataError
-from repro.data.mask_layouts import VOC_CLASSES
-from repro.data.mask_pools import draw_folder
+from repro.data.catalogue import DataError
+from repro.data.folders import VOC_CLASSES
 from repro.data.mask_views import PADDING, MaskViews, draw_window
 from repro.data.masks import draw_masks
 from repro.data.masks_sources import open_masks
+from repro.data.pools import draw_folder
 from repro.data.scenes import scenes
 from repro.data.scribble_layout import (
     PaddedViews,

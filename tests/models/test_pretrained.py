@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from repro.data.catalogue import load
 from repro.data.embed import official_index
-from repro.data.images import load
 from repro.experiment import Experiment, resolve
 from repro.models.deeplab import deeplab
 from repro.models.pretrain import ADAMW, BATCH, Pooled, accuracy, classifier, pictures, pretrain, save

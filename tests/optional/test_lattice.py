@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from repro.data.mask_views import MaskViews
-from repro.dense_crf import CRF, lattice_crf, mean_field
-from repro.methods.image_tags.final import final_counts
-from tests.methods.image_tags.test_final import PROTOCOLS, K, Network, batches
-from tests.test_dense_crf import C
+from repro.solvers.crf import CRF, lattice_crf, mean_field
+from repro.tasks.crf_scores import final_counts
+from tests.solvers.test_crf import C
+from tests.tasks.test_crf_scores import PROTOCOLS, K, Network, batches
 
 
 def test_the_lattice_infers_nearly_the_same():

@@ -2,10 +2,10 @@
 
 import pytest
 
+from figures.tables import METRICS, NOT_AVAILABLE, published_grid
 from repro.experiment import SCALES, resolve, run_id
-from repro.grids import Column
 from repro.papers import calibratemix, commatch
-from repro.tables import METRICS, NOT_AVAILABLE, published_grid
+from repro.papers.grid import Column
 
 
 @pytest.mark.parametrize("scale", SCALES)

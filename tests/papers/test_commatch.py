@@ -2,11 +2,11 @@
 
 import pytest
 
+from figures.tables import METRICS, published_grid
 from repro.experiment import SCALES, resolve, run_id
-from repro.grids import CALIBRATED, Column
 from repro.methods.few_labels import METHODS
 from repro.papers import commatch
-from repro.tables import METRICS, published_grid
+from repro.papers.grid import CALIBRATED, Column
 
 GRIDS = [*commatch.TABLES.values(), *commatch.ABLATIONS.values(), *commatch.CLAIMS.values()]
 

@@ -2,13 +2,13 @@
 
 import pytest
 
+from figures.tables import incomparable, notes, published_grid
 from repro.experiment import SCALES, resolve, run_id
-from repro.grids import EMBEDDED, MASKED, experiment
-from repro.metrics import METRICS
+from repro.measure.metrics import METRICS
 from repro.papers import csl, few_masks
+from repro.papers.grid import EMBEDDED, MASKED, experiment
 from repro.papers.published import NOT_AVAILABLE, Reference, lookup
 from repro.settings import SettingError
-from repro.tables import incomparable, notes, published_grid
 
 TABLES = [*csl.TABLES.values(), *csl.ABLATIONS.values()]
 MAIN = csl.TABLES["main"]

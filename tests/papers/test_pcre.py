@@ -2,12 +2,12 @@
 
 import pytest
 
+from figures.tables import incomparable, published_grid
 from repro.experiment import SCALES, resolve, run_id
-from repro.grids import EMBEDDED, experiment
-from repro.metrics import METRICS
+from repro.measure.metrics import METRICS
 from repro.papers import pcre
+from repro.papers.grid import EMBEDDED, experiment
 from repro.papers.published import NOT_AVAILABLE, lookup
-from repro.tables import incomparable, published_grid
 
 TABLES = [*pcre.TABLES.values(), *pcre.ABLATIONS.values()]
 MAIN = pcre.TABLES["main"]

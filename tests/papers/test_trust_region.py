@@ -2,13 +2,13 @@
 
 import pytest
 
+from figures.tables import incomparable, published_grid
 from repro.experiment import SCALES, resolve, run_id
-from repro.grids import EMBEDDED, SCRIBBLES, Column, experiment, place
+from repro.measure.metrics import METRICS
 from repro.methods.scribbles.lengths import PUBLISHED as TUNED
-from repro.metrics import METRICS
 from repro.papers import trust_region
+from repro.papers.grid import EMBEDDED, SCRIBBLES, Column, experiment, place
 from repro.papers.published import NOT_AVAILABLE, lookup
-from repro.tables import incomparable, published_grid
 
 TABLES = [*trust_region.TABLES.values(), *trust_region.ABLATIONS.values()]
 MAIN = trust_region.TABLES["main"]

@@ -14,7 +14,7 @@ from repro.methods.few_labels.softmatch import SoftMatch
 from repro.methods.few_labels.supervised import Supervised
 from repro.methods.few_labels.uda import UDA
 from repro.methods.few_labels.ups import UPS
-from repro.training import Method
+from repro.train import Method
 
 METHODS: dict[str, type[Method]] = {
     "supervised": Supervised,

@@ -25,7 +25,7 @@ from repro.methods.few_labels.pairing import PAIRINGS, cosine_similarity, draw_p
 from repro.methods.few_labels.softmatch import SoftMatch, SoftMatchSettings
 from repro.models.modes import held_statistics
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Method, Now
+from repro.train import Items, Losses, Method, Now
 
 BASES: dict[str, type[Method]] = {
     "fixmatch": FixMatch,

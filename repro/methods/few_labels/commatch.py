@@ -17,7 +17,7 @@ from repro.methods.few_labels.forward import three_views
 from repro.methods.few_labels.margins import repeats
 from repro.models.modes import stochastic_probs
 from repro.settings import SettingError, check, hyper
-from repro.training import Items, Losses, Method, Now, PseudoLabels
+from repro.train import Items, Losses, Method, Now, PseudoLabels
 
 
 @dataclass(frozen=True)

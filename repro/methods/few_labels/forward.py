@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repro.data.augment import Views
-from repro.training import Items
+from repro.train import Items
 
 
 def probabilities(network: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from repro.methods.few_labels.flexmatch import flexible_threshold, learning_stat
 from repro.methods.few_labels.forward import three_views
 from repro.methods.few_labels.margins import average_margins, last_of_each, margins, zeroed_margins
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Method, Now, PseudoLabels
+from repro.train import Items, Losses, Method, Now, PseudoLabels
 
 
 @dataclass(frozen=True)

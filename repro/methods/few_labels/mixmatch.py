@@ -12,7 +12,7 @@ from repro.methods.few_labels.mixing import chunked_logits, mixup, sharpen
 from repro.methods.few_labels.pseudo_label import linear_ramp
 from repro.models.modes import held_statistics
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Method, Now, PseudoLabels
+from repro.train import Items, Losses, Method, Now, PseudoLabels
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from repro.methods.few_labels.mixmatch import guess
 from repro.methods.few_labels.pseudo_label import linear_ramp
 from repro.models.modes import held_statistics
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Method, Now, PseudoLabels
+from repro.train import Items, Losses, Method, Now, PseudoLabels
 
 EPS = 1e-6  # of released code (ReMixMatch, USB); TorchSSL divides without it
 

@@ -9,7 +9,7 @@ from repro.data.augment import Views
 from repro.methods.few_labels.fixmatch import consistency_loss, pseudo_label, weak_to_strong
 from repro.methods.few_labels.remixmatch import align, follow
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Method, Now, PseudoLabels
+from repro.train import Items, Losses, Method, Now, PseudoLabels
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from repro.data.augment import Views
-from repro.training import Items, Losses, Method, Now
+from repro.train import Items, Losses, Method, Now
 
 
 @dataclass(frozen=True)

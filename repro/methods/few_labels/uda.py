@@ -16,7 +16,7 @@ from repro.data.augment import Views
 from repro.methods.few_labels.fixmatch import pseudo_label
 from repro.methods.few_labels.forward import three_views
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Method, Now, PseudoLabels
+from repro.train import Items, Losses, Method, Now, PseudoLabels
 
 
 @dataclass(frozen=True)

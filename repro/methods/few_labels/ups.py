@@ -19,7 +19,7 @@ from repro.data.augment import Views
 from repro.methods.few_labels.commatch import instability, negative_loss, select_positive
 from repro.models.modes import stochastic_logits
 from repro.settings import SettingError, check, hyper
-from repro.training import Items, Losses, Method, Now, PseudoLabels
+from repro.train import Items, Losses, Method, Now, PseudoLabels
 
 IMAGES_PER_PASS = 512  # memory only; batch norm is in evaluation mode, so results do not depend on it
 

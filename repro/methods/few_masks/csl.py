@@ -15,7 +15,7 @@ from repro.methods.few_masks.losses import weighted_cross_entropy
 from repro.methods.few_masks.separation import FEATURES, FORMS, RULES, SCOPES, image_weights
 from repro.models.modes import held_statistics
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 SELECTIONS = ("gaussian", "hard", "threshold")
 

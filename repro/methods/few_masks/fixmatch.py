@@ -9,7 +9,7 @@ from repro.methods.few_masks.forward import MaskMethod, detached, threshold_targ
 from repro.methods.few_masks.losses import weighted_cross_entropy
 from repro.models.modes import evaluating
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from repro.data.mask_views import Crop, MaskViews, paste
-from repro.training import Items, Method, PixelLabels
+from repro.train import Items, Method, PixelLabels
 
 
 class MaskMethod(Method):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repro.reliability import wide
+from repro.measure.reliability import wide
 
 FORMS = ("released", "paper")
 RULES = ("or", "and")

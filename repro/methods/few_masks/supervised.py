@@ -7,7 +7,7 @@ from torch import Tensor
 
 from repro.methods.few_masks.forward import MaskMethod
 from repro.settings import check
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from repro.methods.image_tags.steps import TagMethod, tag_terms
 from repro.methods.image_tags.trunk import Prediction, Trunk
 from repro.models.vit import ViT, to_map
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 LAST = (-2, -1)  # blocks whose scores are read: with MiT-B1 those of its last stage
 

@@ -21,7 +21,7 @@ from repro.methods.image_tags.losses import balanced_cross_entropy
 from repro.methods.image_tags.steps import TagMethod, View, tag_terms
 from repro.methods.image_tags.trunk import Trunk
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 
 @dataclass(frozen=True)

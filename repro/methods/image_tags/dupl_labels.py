@@ -12,7 +12,7 @@ from torch import Tensor
 
 from repro.cam import widened
 from repro.data.masks import IGNORE
-from repro.reliability import wide
+from repro.measure.reliability import wide
 
 # Final thresholds on VOC: aeroplane, bicycle, bird, boat, chair and train keep the first one.
 VOC_TARGETS = tuple(0.7 if index in (0, 1, 2, 3, 8, 18) else 0.55 for index in range(20))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from repro.cam import widened
 from repro.data.masks import IGNORE
-from repro.dense_crf import filter_exact
 from repro.methods.image_tags.regions import Pairs
+from repro.solvers.crf import filter_exact
 
 GRADIENTS = ("released", "exact")
 

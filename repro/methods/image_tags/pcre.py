@@ -15,7 +15,7 @@ from repro.methods.image_tags import contrast, losses, regions
 from repro.methods.image_tags.pcre_network import AUX, CAM, PROTOTYPES, REGIONS, PCRENetwork
 from repro.methods.image_tags.steps import TagMethod, View, tag_terms
 from repro.settings import SettingError, check, hyper
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 SIDE = 28  # patches of a published crop's side, which r_max is stated for
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from repro.methods.image_tags.steps import TagMethod, tag_terms
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from repro.data.mask_views import Crop, MaskViews
 from repro.experiment import TagRecipe
 from repro.methods.image_tags.losses import balanced_cross_entropy, dense_energy, tag_loss
 from repro.methods.image_tags.trunk import Prediction
-from repro.training import Items, Method, Now
+from repro.train import Items, Method, Now
 
 FAST = {"classifier", "classifier_aux", "head", "projection"}  # parts of a parameter's name
 ENERGY_SCALE = 1e-7  # of the dense energy, inside its released layer

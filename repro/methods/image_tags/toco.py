@@ -17,7 +17,7 @@ from repro.methods.image_tags.crops import choose_crops, confidence_levels, cut
 from repro.methods.image_tags.steps import TagMethod, View, tag_terms
 from repro.methods.image_tags.trunk import Trunk
 from repro.settings import SettingError, check, hyper
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 BOTTLENECK, EMBEDDING = 256, 1024  # widths of the projection head, released code
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repro.expansion import BACK_ENDS
 from repro.methods.scribbles.losses import partial_cross_entropy
 from repro.methods.scribbles.proposals import report, solving
 from repro.methods.scribbles.steps import ScribbleMethod, View
-from repro.potts import Grid, contrast_grid, problems, wide
 from repro.settings import check, hyper
-from repro.solve import PADDING, UNLABELLED, SolverSettings, solve_all
-from repro.training import Losses
+from repro.solvers.cuts import PADDING, UNLABELLED, SolverSettings, solve_all
+from repro.solvers.expansion import BACK_ENDS
+from repro.solvers.potts import Grid, contrast_grid, problems, wide
+from repro.train import Losses
 
 
 @dataclass(frozen=True)

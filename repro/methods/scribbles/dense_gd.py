@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from repro.dense_crf import FORMS, dense_crf_loss
 from repro.methods.scribbles.losses import partial_cross_entropy
 from repro.methods.scribbles.steps import ScribbleMethod, View
-from repro.potts import wide
 from repro.settings import check, hyper
-from repro.training import Losses
+from repro.solvers.crf import FORMS, dense_crf_loss
+from repro.solvers.potts import wide
+from repro.train import Losses
 
 PUBLISHED_CROP = 513  # pixels; weight and sigma_xy belong to it
 

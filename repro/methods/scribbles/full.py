@@ -8,7 +8,7 @@ from torch import Tensor
 from repro.methods.scribbles.losses import partial_cross_entropy
 from repro.methods.scribbles.steps import ScribbleMethod
 from repro.settings import check, hyper
-from repro.training import Items, Losses, Now
+from repro.train import Items, Losses, Now
 
 
 @dataclass(frozen=True)

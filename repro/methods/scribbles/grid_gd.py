@@ -6,9 +6,9 @@ from torch import Tensor
 
 from repro.methods.scribbles.losses import partial_cross_entropy
 from repro.methods.scribbles.steps import ScribbleMethod, View
-from repro.potts import RELAXATIONS, contrast_grid, potts_loss, wide
 from repro.settings import check, hyper
-from repro.training import Losses
+from repro.solvers.potts import RELAXATIONS, contrast_grid, potts_loss, wide
+from repro.train import Losses
 
 
 @dataclass(frozen=True)

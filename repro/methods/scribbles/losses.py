@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from repro.potts import wide
+from repro.solvers.potts import wide
 
 
 def outlier_model(epsilon: float, classes: int) -> tuple[float, float]:

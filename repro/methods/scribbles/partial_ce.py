@@ -7,7 +7,7 @@ from torch import Tensor
 from repro.methods.scribbles.losses import partial_cross_entropy
 from repro.methods.scribbles.steps import ScribbleMethod, View
 from repro.settings import check, hyper
-from repro.training import Losses
+from repro.train import Losses
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from repro.data.mask_views import PADDING, MaskViews, hide
 from repro.models.modes import evaluating
-from repro.potts import contrast_grid, problems, wide
-from repro.solve import Problem, Solution, SolverSettings, solve_all, start_workers
-from repro.training import Items, PixelLabels
+from repro.solvers.cuts import Problem, Solution, SolverSettings, solve_all, start_workers
+from repro.solvers.potts import contrast_grid, problems, wide
+from repro.train import Items, PixelLabels
 
 IMAGES_PER_PASS = 16  # memory only: the network is in eval mode
 

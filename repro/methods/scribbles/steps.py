@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from repro.data.mask_views import Crop, MaskViews, Photometric, hide
 from repro.methods.scribbles.losses import partial_cross_entropy
-from repro.training import Items, Losses, Method, Now
+from repro.train import Items, Losses, Method, Now
 
 # Robust Trust Region's colours: a blur of radius U(0, 1) or nothing. A deviation of 0 cannot be divided by.
 BLUR = Photometric(jitter=0, grey=0, blur=0.5, sigma_low=1e-3, sigma_high=1.0)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from repro.data.mask_views import MaskViews
 from repro.data.masks import IGNORE
-from repro.expansion import BACK_ENDS
 from repro.methods.scribbles.losses import outlier_model, proposal_losses
 from repro.methods.scribbles.proposals import refresh, report
 from repro.methods.scribbles.steps import Options, ScribbleMethod, View
 from repro.settings import SettingError, check, hyper
-from repro.solve import SolverSettings
-from repro.training import Losses
+from repro.solvers.cuts import SolverSettings
+from repro.solvers.expansion import BACK_ENDS
+from repro.train import Losses
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from repro.training import Items, Now
+from repro.train import Items, Now
 
 CLASSES = 3
 

@@ -16,7 +16,7 @@ from repro.methods.few_labels.calibratemix import BASES, CalibrateMix, Calibrate
 from repro.methods.few_labels.pairing import PAIRINGS, cosine_similarity
 from repro.randomness import seed_everything
 from repro.settings import SettingError
-from repro.training import Interrupted, train
+from repro.train import Interrupted, train
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

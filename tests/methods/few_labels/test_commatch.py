@@ -20,7 +20,7 @@ from repro.methods.few_labels.commatch import (
     thresholds,
 )
 from repro.settings import SettingError
-from repro.training import Now
+from repro.train import Now
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

@@ -12,7 +12,7 @@ import torch
 
 from repro.methods.few_labels.ups import UPS, UPSSettings, balance, batch_shares, reject
 from repro.randomness import seed_everything
-from repro.training import Interrupted, train
+from repro.train import Interrupted, train
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

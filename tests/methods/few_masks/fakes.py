@@ -10,7 +10,7 @@ from torch import nn
 
 from repro.data.mask_views import Crop
 from repro.methods.few_masks.losses import cross_entropy
-from repro.training import Items, Now
+from repro.train import Items, Now
 
 CLASSES, SIZE, MOMENTUM = 3, 6, 0.3
 NOW = Now(0, 10, 0, 0, None)

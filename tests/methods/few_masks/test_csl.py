@@ -11,7 +11,7 @@ from repro.methods.few_masks.forward import threshold_targets
 from repro.methods.few_masks.losses import cross_entropy
 from repro.methods.few_masks.separation import image_weights
 from repro.settings import SettingError
-from repro.training import Items
+from repro.train import Items
 from tests.methods.few_masks import fakes
 from tests.methods.few_masks.fakes import (
     NOW,

@@ -14,9 +14,9 @@ from repro.methods.few_masks.forward import MaskMethod, PixelTargets, detached, 
 from repro.methods.few_masks.losses import cross_entropy
 from repro.models.deeplab import deeplab
 from repro.randomness import hash_seed
-from repro.training import IndexStream, Items, Losses, train
+from repro.train import IndexStream, Items, Losses, train
 from tests.methods.few_masks import fakes
-from tests.test_training import ToyRecipe
+from tests.test_train import ToyRecipe
 
 RECIPE = SimpleNamespace(batch=4, unlabelled_ratio=1)
 

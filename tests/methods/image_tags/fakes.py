@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from repro.data.mask_views import TAGS, MaskViews
 from repro.experiment import TagRecipe
 from repro.models.vit import Layout, ViT
-from repro.training import Items, Now
+from repro.train import Items, Now
 
 SIDE, CLASSES, STEPS = 16, 3, 100
 LAYOUT = Layout(width=16, depth=3, heads=2, patch=4, grid=4, ratio=2)

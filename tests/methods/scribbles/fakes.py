@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from repro.data.mask_views import MaskViews
 from repro.methods.scribbles.steps import BLUR
-from repro.training import Items, Now
+from repro.train import Items, Now
 from tests.methods.few_masks.fakes import CLASSES, TinyNetwork
 
 COUNT, SIDE, START = 5, 10, 4

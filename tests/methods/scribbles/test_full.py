@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from repro.methods.scribbles import METHODS
 from repro.methods.scribbles.full import Full
-from repro.training import Items
+from repro.train import Items
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import FIRST, SECOND, build
 

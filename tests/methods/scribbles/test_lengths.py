@@ -6,7 +6,7 @@ from repro.methods.scribbles import METHODS, settings_for
 from repro.methods.scribbles.lengths import PUBLISHED, Tuned, tuned_for
 from repro.methods.scribbles.losses import outlier_model
 from repro.settings import SettingError, replace
-from repro.solve import SolverSettings
+from repro.solvers.cuts import SolverSettings
 from tests.methods.scribbles import fakes
 
 

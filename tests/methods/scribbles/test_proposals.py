@@ -6,9 +6,9 @@ import torch
 
 from repro.methods.scribbles import proposals as module
 from repro.methods.scribbles.proposals import refresh, report
-from repro.potts import contrast_grid, problems, proposal_energy
-from repro.solve import SolverSettings, solve
-from repro.training import Items
+from repro.solvers.cuts import SolverSettings, solve
+from repro.solvers.potts import contrast_grid, problems, proposal_energy
+from repro.train import Items
 from tests.methods.scribbles import fakes
 
 SETTINGS = SolverSettings(potts_weight=2.0, gamma=1.0)

@@ -13,11 +13,11 @@ from repro.methods.scribbles.steps import BLUR
 from repro.models.deeplab import deeplab
 from repro.randomness import seed_everything
 from repro.settings import SettingError
-from repro.training import train
+from repro.train import train
 from tests.data.test_mask_views import NoHostReads
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import FIRST, SECOND, START, build
-from tests.test_training import ToyRecipe
+from tests.test_train import ToyRecipe
 
 every = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 REGULARISED = [name for name in METHODS if name not in ("partial_ce", "full")]

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from repro.data.mask_views import PADDING
-from repro.evaluation import PixelMonitor
 from repro.methods.scribbles import trust_region as module
 from repro.methods.scribbles.proposals import refresh
 from repro.methods.scribbles.trust_region import RobustTrustRegion, TrustRegion
 from repro.randomness import seed_everything
-from repro.training import Interrupted, train
+from repro.tasks.monitors import PixelMonitor
+from repro.train import Interrupted, train
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, START, build
 from tests.methods.scribbles.test_steps import Short
-from tests.test_training import strip
+from tests.test_train import strip
 
 both = pytest.mark.parametrize("method", [TrustRegion, RobustTrustRegion])
 

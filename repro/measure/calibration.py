@@ -1,0 +1,298 @@
+"""Calibration of class probabilities: calibration errors, proper scores, temperature scaling, intervals.
+
+Two kinds of input: `probs` (n, K) with `labels` (n,), or the pair `confidence` (n,), `correct` (n,) that
+`top_label` makes of them. Results are 0-d tensors on the input's device unless said otherwise, as fractions,
+computed in float64 (float32 on devices without it), whatever precision comes in. `repro.measure.reliability` says
+which bin a confidence is in.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repro.measure.reliability import Bins as Bins
+from repro.measure.reliability import ReliabilitySums as ReliabilitySums
+from repro.measure.reliability import bin_index, check_pairs, check_range, group_sums, reliability, wide
+
+
+def top_label(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence (n,) in the dtype of probs, and whether the likeliest class (ties: the first) is the label.
+
+    probs: (n, K) in [0, 1]; labels: (n,) integers in [0, K).
+    Raises ValueError for empty, ill-shaped or out-of-range input.
+    """
+    check_probs(probs, labels)
+    confidence, predicted = probs.max(1)
+    return confidence, predicted == labels
+
+
+def ece(confidence: Tensor, correct: Tensor, bins: int = 15, closing: str = "right") -> Tensor:
+    """Expected calibration error over equal-width bins; arguments and errors as in `reliability`.
+
+    Source: Guo et al. (2017), Eq. 3 (15 bins, `right`); CalibrateMix's released code has 10 bins, `left`.
+    """
+    return reliability(confidence, correct, bins, closing).ece
+
+
+def adaptive_ece(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
+    """Expected calibration error over bins of equal count; ties and remainders as in `reliability`."""
+    return reliability(confidence, correct, bins, spacing="mass").ece
+
+
+def mce(confidence: Tensor, correct: Tensor, bins: int = 15, closing: str = "right") -> Tensor:
+    """Maximum calibration error over non-empty equal-width bins (Guo et al., 2017)."""
+    return reliability(confidence, correct, bins, closing).mce
+
+
+def classwise_ece(probs: Tensor, labels: Tensor, bins: int = 15, closing: str = "left") -> Tensor:
+    """Mean over classes of the ECE of p_k against 1[label = k], absent classes included.
+
+    probs, labels: as in `top_label`.
+    closing: `left` here, since `right` would ignore every p_k that is exactly 0.
+    Source: Kull et al. (2019); Nixon et al. (2019) as static calibration error.
+    """
+    check_probs(probs, labels)
+    classes = probs.shape[1]
+    slots = torch.arange(classes, device=probs.device) * (bins + 1) + bin_index(probs, bins, closing) + 1
+    gaps = wide(probs) - one_hot(labels, classes)
+    sums = group_sums(slots.flatten(), classes * (bins + 1), gaps.flatten()).view(classes, bins + 1)[:, 1:]
+    return sums.abs().sum() / probs.numel()
+
+
+def nll(probs: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats; arguments as in `top_label`.
+
+    A probability below the smallest normal number of its dtype counts as that number: the result is finite.
+    """
+    check_probs(probs, labels)
+    floor = torch.finfo(probs.dtype).tiny
+    return -wide(probs).gather(1, labels[:, None]).clamp_min(floor).log().mean()
+
+
+def brier(probs: Tensor, labels: Tensor) -> Tensor:
+    """Brier score in [0, 2]: squared error summed over classes, mean over samples (Brier, 1950)."""
+    check_probs(probs, labels)
+    return (wide(probs) - one_hot(labels, probs.shape[1])).square().sum(1).mean()
+
+
+@dataclass(frozen=True)
+class BrierParts:
+    """brier = reliability - resolution + uncertainty + within, each summed over classes."""
+
+    reliability: Tensor
+    resolution: Tensor
+    uncertainty: Tensor
+    within: Tensor
+
+
+def brier_parts(probs: Tensor, labels: Tensor, bins: int | None = None) -> BrierParts:
+    """Decomposition of the Brier score, class against rest, that adds up exactly.
+
+    probs, labels: as in `top_label`.
+    bins: None groups equal forecasts of a class, where `within` is 0; else M equal-width bins closed at the
+        left, where `within` is the variance of p in a bin less twice its covariance with the outcome.
+    Source: Murphy (1973); within-bin term: Stephenson et al. (2008).
+    """
+    check_probs(probs, labels)
+    n, classes = probs.shape
+    group = bin_index(probs, bins, "left") if bins else torch.unique(probs, return_inverse=True)[1]
+    group = group + torch.arange(classes, device=probs.device) * (group.max() + 1)
+    group = torch.unique(group, return_inverse=True)[1].flatten()
+    p, outcome = wide(probs), one_hot(labels, classes)
+    base_rate = outcome.mean(0)
+    of_class = base_rate.expand(n, classes).flatten()
+    size = int(group.max()) + 1
+    sums = group_sums(group, size, torch.ones_like(of_class), p.flatten(), outcome.flatten(), of_class)
+    count, mean_p, mean_outcome, mean_rate = sums[0], *(sums[1:] / sums[0])
+    spread = p.flatten() - mean_p[group]
+    return BrierParts(
+        reliability=(count * (mean_p - mean_outcome).square()).sum() / n,
+        resolution=(count * (mean_outcome - mean_rate).square()).sum() / n,
+        uncertainty=(base_rate * (1 - base_rate)).sum(),
+        within=(spread.square() - 2 * spread * (outcome.flatten() - mean_outcome[group])).sum() / n,
+    )
+
+
+def debiased_squared_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
+    """Squared L2 calibration error over equal-mass bins, less its expected excess; may be negative.
+
+    sum_b n_b/n [(confidence_b - accuracy_b)^2 - accuracy_b (1 - accuracy_b) / (n_b - 1)]: without bias for
+    the binned error when the bins are fixed beforehand. Bins of one sample count 0. Arguments as in
+    `reliability`.
+    Source: Kumar, Liang & Ma (2019), debiased estimator; Ferro & Fricker (2012).
+    """
+    found = reliability(confidence, correct, bins, spacing="mass")
+    variance = found.accuracy * (1 - found.accuracy) / (found.count - 1)
+    terms = torch.where(found.count > 1, found.gap.square() - variance, 0.0)
+    return (found.share * terms).sum()
+
+
+def debiased_ece(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
+    """Square root of `debiased_squared_error`; 0 where that is negative (calibrated, as far as n can tell).
+
+    An L2 error, hence at least as large as an L1 error over the same bins would be, were both free of bias.
+    """
+    return debiased_squared_error(confidence, correct, bins).clamp_min(0).sqrt()
+
+
+def smooth_ece(confidence: Tensor, correct: Tensor, resolution: int = 1000) -> Tensor:
+    """SmoothECE: absolute residual after smoothing by the width that equals the result; no bins to choose.
+
+    confidence, correct: as in `reliability`.
+    resolution: cells of [0, 1] to which confidences are rounded; widths below one cell are not told apart.
+    Source: Blasiok & Nakkiran (2024), reflected Gaussian kernel and fixed point; evaluated in the cosine
+        basis of the cells, where that kernel is diagonal (reconstruction).
+    """
+    check_pairs(confidence, correct)
+    width = wide(torch.ones((), device=confidence.device))
+    cell = (wide(confidence) * resolution).long().clamp(0, resolution - 1)
+    residual = group_sums(cell, resolution, wide(correct) - wide(confidence))[0] / confidence.numel()
+    order = torch.arange(resolution, device=confidence.device, dtype=width.dtype)
+    basis = torch.cos(math.pi / resolution * order[:, None] * (order + 0.5)) * math.sqrt(2 / resolution)
+    basis[0] /= math.sqrt(2)
+    spectrum = basis @ residual
+
+    def smoothed(sigma: Tensor) -> Tensor:
+        return (basis.T @ (spectrum * torch.exp(-0.5 * (math.pi * sigma * order) ** 2))).abs().sum()
+
+    low, high = 0 * width, width
+    for _ in range(30):  # smoothed(sigma) falls and sigma rises: they meet once
+        middle = (low + high) / 2
+        above = smoothed(middle) > middle
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return smoothed((low + high) / 2)
+
+
+def bootstrap_interval(
+    statistic: Callable[[Tensor, Tensor], Tensor],
+    probs: Tensor,
+    labels: Tensor,
+    n: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of statistic(probs, labels) over `n` resamples of the samples, with replacement.
+
+    statistic: a function of this module, say; probs and labels may also be a confidence and a correct.
+    seed: of the resampling, the same on every device. level: coverage in (0, 1).
+    Binned errors of a resample are larger than those of the sample, as a sample's are larger than the truth,
+    so an interval of a small ECE can lie above it; it shows spread. `debiased_squared_error` is the check.
+    Raises ValueError for empty input, n < 2 or a level outside (0, 1). Source: Efron (1979).
+    """
+    if len(probs) == 0 or len(probs) != len(labels):
+        raise ValueError(
+            f"{len(probs)} probs and {len(labels)} labels; both need the same number, at least 1"
+        )
+    if n < 2 or not 0 < level < 1:
+        raise ValueError(f"n is {n} and level is {level}; n must be at least 2 and level lie in (0, 1)")
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(n):
+        draw = torch.randint(len(probs), (len(probs),), generator=generator).to(probs.device)
+        values.append(statistic(probs[draw], labels[draw]))
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    low, high = torch.stack(values).double().cpu().quantile(torch.tensor(tails, dtype=torch.float64)).tolist()
+    return low, high
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, low: float = 0.01, high: float = 100.0) -> float:
+    """Temperature T that minimises the NLL of softmax(logits / T), by Newton on log T in a shrinking bracket.
+
+    logits: (n, K) of a held-out labelled split, never of the test set: a temperature that has seen test
+        labels makes the test ECE a training error. labels: (n,) integers in [0, K).
+    low, high: bracket of T. An end is returned where the NLL still falls towards it: `low` when every label
+        has the largest logit, `high` when labels have no more than the average logit.
+    The NLL is convex in 1/T: the minimum is unique, and never above the NLL at T = 1 if that is in the
+    bracket.
+    Raises ValueError for empty, ill-shaped, non-finite or out-of-range input.
+    Source: Guo et al. (2017), Sec. 4.2.
+    """
+    check_shapes(logits, labels)
+    if not bool(logits.isfinite().all()):
+        raise ValueError("logits hold NaN or infinity; a temperature needs finite logits")
+    if not 0 < low < high:
+        raise ValueError(f"the bracket is [{low}, {high}]; it needs 0 < low < high")
+    z = wide(logits)
+    z = z - z.gather(1, labels[:, None])  # the loss is logsumexp(z / T), with the label's logit at 0
+
+    def slope_and_curvature(log_t: float) -> tuple[float, float]:
+        """First and second derivative of the NLL with respect to log T."""
+        scaled = z / math.exp(log_t)
+        p = scaled.softmax(1)
+        mean = (p * scaled).sum(1)
+        variance = (p * scaled.square()).sum(1) - mean.square()
+        slope, curvature = torch.stack([-mean.mean(), (variance + mean).mean()]).tolist()
+        return slope, curvature
+
+    left, right = math.log(low), math.log(high)
+    if slope_and_curvature(left)[0] >= 0:
+        return low
+    if slope_and_curvature(right)[0] <= 0:
+        return high
+    log_t = min(max(0.0, left), right)
+    for _ in range(100):
+        slope, curvature = slope_and_curvature(log_t)
+        left, right = (log_t, right) if slope < 0 else (left, log_t)
+        following = log_t - slope / curvature if curvature > 0 else math.inf
+        if not left < following < right:
+            following = (left + right) / 2
+        if abs(following - log_t) < 1e-10:
+            break
+        log_t = following
+    return math.exp(log_t)
+
+
+def all_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | list[float | None]]:
+    """Every number of a result row, as Python floats; arguments and errors as in `top_label`.
+
+    Names: accuracy, error, ece_15 (right), ece_10_left, adaptive_ece_15, mce_15, classwise_ece_15, nll,
+    brier, and per_class_accuracy, a list with None for a class that has no sample.
+    """
+    confidence, correct = top_label(probs, labels)
+    classes = probs.shape[1]
+    hits, counts = group_sums(labels, classes, correct, torch.ones_like(correct))
+    scalars = {
+        "accuracy": wide(correct).mean(),
+        "error": 1 - wide(correct).mean(),
+        "ece_15": ece(confidence, correct, 15),
+        "ece_10_left": ece(confidence, correct, 10, "left"),
+        "adaptive_ece_15": adaptive_ece(confidence, correct, 15),
+        "mce_15": mce(confidence, correct, 15),
+        "classwise_ece_15": classwise_ece(probs, labels, 15),
+        "nll": nll(probs, labels),
+        "brier": brier(probs, labels),
+    }
+    values = torch.cat([torch.stack(list(scalars.values())), hits / counts]).tolist()
+    per_class = [None if math.isnan(value) else value for value in values[len(scalars) :]]
+    return dict(zip(scalars, values, strict=False)) | {"per_class_accuracy": per_class}
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Outcomes (n, K), 1 at the label."""
+    return wide(labels[:, None] == torch.arange(classes, device=labels.device))
+
+
+def check_shapes(scores: Tensor, labels: Tensor) -> None:
+    """Raise ValueError unless scores are a non-empty floating (n, K) and labels (n,) integers in [0, K)."""
+    if scores.ndim != 2 or scores.numel() == 0 or not scores.is_floating_point():
+        raise ValueError(
+            f"scores are {scores.dtype} {tuple(scores.shape)}; they must be floating, (n > 0, K > 0)"
+        )
+    if labels.shape != scores.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}; they must be integers, ({len(scores)},)"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= scores.shape[1]:
+        raise ValueError(
+            f"labels span {low} to {high}, outside [0, {scores.shape[1]}): drop hidden labels (-1) first"
+        )
+
+
+def check_probs(probs: Tensor, labels: Tensor) -> None:
+    """`check_shapes`, and probabilities in [0, 1] up to rounding."""
+    check_shapes(probs, labels)
+    check_range(probs)

@@ -1,0 +1,319 @@
+"""Segmentation from image tags as a task: images with tags, network, views and method, and what is measured.
+
+Published sets are measured at their images' own sizes: each is resized to a square of the crop's side for the network,
+and its CAM and its logits back. (Released heads go to that size straight from the patch grid, ours by way of the crop.)
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from repro import cam
+from repro.cam import bilinear
+from repro.data.catalogue import DataError
+from repro.data.mask_views import PADDING, TAGS, Crop, MaskViews
+from repro.data.masks import IGNORE, MaskPool, draw_masks, show_tags, tags_of
+from repro.data.masks_sources import MaskFolder, open_masks, open_tags
+from repro.data.pools import TagPool, draw_tags, read_ahead
+from repro.data.scenes import SIZES, scenes
+from repro.experiment import Experiment, TagRecipe
+from repro.measure import segmentation
+from repro.methods.image_tags import METHODS
+from repro.methods.image_tags.afa import AFANetwork
+from repro.methods.image_tags.dupl import Pair
+from repro.methods.image_tags.pcre_network import PCRENetwork, RegionDecoder
+from repro.methods.image_tags.trunk import Trunk
+from repro.models.modes import evaluating
+from repro.models.pretrained import initialise
+from repro.models.vit import DILATIONS, LAYOUTS, MINI_DILATIONS, DilatedHead, LargeFov, ViT, vit
+from repro.settings import SettingError
+from repro.tasks.crf_scores import CRF_SCENES, final_counts, final_scores, inference_of, protocol_of
+from repro.tasks.previews import LARGEST, explored, small_images, small_labels, stacked, trunk_of
+from repro.train import Task
+
+SHOWN_POOL, SHOWN_TEST, EXPLORED = 8, 16, 4  # images whose CAMs a run keeps for figures and the explorer
+BATCH = 25  # scenes evaluated at a time
+
+Batches = Iterator[tuple[Tensor, Tensor, Tensor]]  # images (B, 3, H, W) uint8, masks (B, H, W) uint8, tags (B, C)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The data of an experiment, on the CPU. C classes without the background.
+
+    pool: what the method sees. most: classes that a tagged image shows at most. test: the test images in order, at
+    their own sizes, with true tags. train: training images for the report, masks included; None where masks stay shut.
+    shown: (P,) pool images for figures, with pictures (images, masks), masks 255 where they stay shut. tests: pictures
+    of the first test images. Pictures have the crop's size. scored: test images behind the CRF; None for all.
+    """
+
+    pool: MaskPool | TagPool
+    most: int
+    classes: int
+    test: Callable[[], Batches]
+    train: Callable[[], Batches] | None
+    shown: Tensor
+    pictures: tuple[Tensor, Tensor]
+    shown_tags: Tensor
+    tests: tuple[Tensor, Tensor]
+    test_tags: Tensor
+    scored: Tensor | None
+    digest: str
+
+
+def prepare(experiment: Experiment, recipe: TagRecipe, device: torch.device, data_root: Path | None = None) -> Task:
+    """Load the images and their tags, build the seeded network and method. Methods see no mask.
+
+    Raises DataError, SettingError, WeightsError.
+    """
+    embedded = experiment.data == "scenes"
+    sets = _embedded(experiment, recipe) if embedded else _folder(experiment, recipe, data_root)
+    generator = torch.Generator(device).manual_seed(experiment.seed)
+    made, scale = (MaskViews, (recipe.scale_low, recipe.scale_high)) if embedded else (FramedViews, (1.0, 1.0))
+    views = made(recipe.crop, scale, strong=TAGS, generator=generator).to(device)
+    torch.manual_seed(experiment.seed)
+    network, weights = build(experiment.method, recipe, sets.classes - 1)
+    method = METHODS[experiment.method](recipe.method, network, views, recipe, sets.most).to(device)
+    pool, side = sets.pool.to(device), min(recipe.crop, LARGEST)
+    protocol = protocol_of(experiment.method, experiment.data, recipe.crop)
+    inference = inference_of(experiment.data, recipe.crop)
+
+    def framed(images: Tensor) -> Tensor:
+        """Normalised images on the device, at the crop's size."""
+        return bilinear(views.plain(images.to(device)), (recipe.crop, recipe.crop))
+
+    @torch.no_grad()
+    def activation(net: nn.Module, images: Tensor, tags: Tensor) -> Tensor:
+        """CAMs (n, C, S, S) of pictures, with the true tags, as every paper evaluates them; batch by batch."""
+        parts = zip(images.split(BATCH), tags.split(BATCH), strict=True)
+        with evaluating(net):
+            maps = [net.activation(framed(seen), recipe.scales, shown.to(device)) for seen, shown in parts]
+        return torch.cat([bilinear(part, (side, side)).half().cpu() for part in maps])
+
+    @torch.no_grad()
+    def measure(net: nn.Module, batches: Batches, sums: segmentation.SegmentationSums | None = None) -> Tensor:
+        """CAM counts of `cam.threshold_counts`; adds the head's predictions to the sums."""
+        counts: Tensor | int = 0
+        with evaluating(net):
+            for images, masks, tags in batches:
+                x, truth, tags = framed(images), masks.to(device), tags.to(device)
+                size = (truth.shape[1], truth.shape[2])
+                if sums is not None:
+                    sums.add(bilinear(net(x).float(), size).softmax(1), truth)
+                found = bilinear(net.activation(x, recipe.scales, tags), size)
+                counts = counts + cam.threshold_counts(found, tags, truth, thresholds(recipe.beta))
+        return counts.cpu()
+
+    @functools.cache
+    def chance() -> float:
+        """CAM mIoU of a map that sees no pixel, the same cone round the centre for all tags, at its best threshold."""
+        counts = sum(
+            cam.threshold_counts(centred(tags, masks), tags, masks, thresholds(recipe.beta))
+            for _, masks, tags in sets.test()
+        )
+        return cam_report(counts, recipe.beta)["cam_miou_best"]
+
+    def evaluate(net: nn.Module) -> dict:
+        sums = segmentation.SegmentationSums(sets.classes).to(device)
+        on_test = cam_report(measure(net, sets.test(), sums), recipe.beta)
+        measured = sums.read()
+        measured["ece_15"] = measured.pop("ece")
+        on_train = cam_report(measure(net, sets.train()), recipe.beta)["cam_miou"] if sets.train else None
+        above = None if on_test["cam_miou"] is None else on_test["cam_miou"] - chance()
+        return measured | on_test | {"cam_miou_train": on_train, "cam_above_chance": above}
+
+    def moments(net: nn.Module) -> dict[str, Tensor]:
+        """CAMs (P, C, H, W) of the shown training images; of PCRE regions (P, C, h, w) and the gate's radius too."""
+        images, _ = sets.pictures
+        found = {"cam": activation(net, images, sets.shown_tags)}
+        if isinstance(net, PCRENetwork):
+            with evaluating(net):
+                regions, radius = net.gated_regions(framed(images), sets.shown_tags.to(device))
+            found |= {"regions": regions.half().cpu(), "radius": torch.tensor(radius)}
+        return found
+
+    def outputs(net: nn.Module) -> dict[str, Tensor]:
+        """Arrays for figures, `shown.explored` of the first test images, and the counts of `final.final_counts`."""
+        images, masks = sets.tests
+        with torch.no_grad(), evaluating(net):
+            logits = [bilinear(net(framed(part)), (side, side)) for part in images.split(BATCH)]
+        kept = {
+            "pool_index": sets.shown, "pool_images": small_images(sets.pictures[0], side),
+            "pool_truth": small_labels(sets.pictures[1], side), "pool_tags": sets.shown_tags.byte(),
+            "pool_cam": activation(net, sets.pictures[0], sets.shown_tags),
+            "test_images": small_images(images, side), "test_truth": small_labels(masks, side),
+            "test_tags": sets.test_tags.byte(), "test_prediction": torch.cat(logits).argmax(1).byte().cpu(),
+            "test_cam": activation(net, images, sets.test_tags),
+        }  # fmt: skip
+        if isinstance(trunk_of(net), Trunk):
+            kept |= explored(net, framed(images[:EXPLORED]), side)
+        tests = ((images, masks) for images, masks, _ in sets.test())
+        return kept | final_counts(net, tests, sets.classes, protocol, views, inference, sets.scored)
+
+    generators = {"views": generator} | ({"crops": pool.generator} if isinstance(pool, TagPool) else {})
+    return Task(method, pool, None, generators, evaluate, outputs, final_scores, sets.digest, moments, weights)
+
+
+class FramedViews(MaskViews):
+    """Views of crops that a loader made: of their four channels the last is 0 where padded."""
+
+    def crop(self, images: Tensor, masks: Tensor) -> Crop:
+        """As of `MaskViews`, for images (B, 4, S, S)."""
+        return super().crop(images[:, :3], masks.masked_fill(images[:, 3] == 0, PADDING))
+
+
+def _embedded(experiment: Experiment, recipe: TagRecipe) -> Sets:
+    """Fashion scenes, whose tags follow from their masks."""
+    check_scenes(experiment, recipe)
+    train, test = scenes("train", recipe.images, recipe.crop), scenes("test", recipe.tests, recipe.crop)
+    pool, truth = draw_masks(train, 0, experiment.seed, tags=True)
+    tags, test_tags = pool.tags[:, 1:], tags_of(test.masks, len(test.classes))[:, 1:].float()
+    seen, index = show_tags(tags, experiment.labels, experiment.seed)
+    digest = hashlib.sha256(f"{pool.digest} {index.tolist()}".encode()).hexdigest()
+    # the loop hands out `labels`: here tags, in place of masks that are hidden anyway
+    pool = replace(pool, labels=seen, labelled=index, unlabelled=index, digest=digest, tags=None)
+    some, shown = spread(recipe.images, recipe.tests), index[spread(len(index), SHOWN_POOL)]
+
+    def batches(*parts: Tensor) -> Callable[[], Batches]:
+        return lambda: zip(*(part.split(BATCH) for part in parts), strict=True)
+
+    return Sets(
+        pool, int(seen.sum(1).max()), len(test.classes), batches(test.images, test.masks, test_tags),
+        batches(train.images[some], truth[some], tags[some].float()), shown, (train.images[shown], truth[shown]),
+        seen[shown], (test.images[:SHOWN_TEST], test.masks[:SHOWN_TEST]), test_tags[:SHOWN_TEST],
+        spread(recipe.tests, CRF_SCENES), f"{digest}+{test.digest}",
+    )  # fmt: skip
+
+
+def _folder(experiment: Experiment, recipe: TagRecipe, data_root: Path | None) -> Sets:
+    """A published data set in its folders. No mask of a training image is opened, or need be there.
+
+    Images of val without any object are left out, as in the papers' list for COCO.
+    """
+    train, tags = open_tags(experiment.data, "train_aug" if experiment.data == "voc" else "train", data_root)
+    test, true_tags = open_masks(experiment.data, "val", data_root), open_tags(experiment.data, "val", data_root)[1]
+    scale = (recipe.scale_low, recipe.scale_high)
+    try:
+        pool = draw_tags(train, tags, experiment.labels, experiment.seed, recipe.crop, scale)
+    except ValueError as error:
+        raise SettingError(f"labels is {experiment.labels}: {train.name} has tags of fewer images ({error})") from error
+    tested = true_tags.any(1).nonzero()[:, 0]
+    if not len(tested):
+        raise DataError(f"{test.name}/val has no image with tags")
+    tested = tested[spread(len(tested), recipe.tests)] if recipe.tests else tested
+    shown, first = pool.labelled[spread(len(pool.labelled), SHOWN_POOL)], tested[:SHOWN_TEST]
+
+    def batches() -> Batches:
+        with ThreadPoolExecutor(8) as threads:
+            pairs = read_ahead(threads, test.read, tested.tolist(), 16)
+            for index, (image, mask) in zip(tested.tolist(), pairs, strict=True):
+                yield image[None], mask[None], true_tags[index, None].float()
+
+    return Sets(
+        pool, int(pool.labels.sum(1).max()), len(test.classes), batches, None, shown,
+        stacked([_unmasked(train, index) for index in shown.tolist()], recipe.crop), pool.labels[shown],
+        stacked([test.read(index) for index in first.tolist()], recipe.crop), true_tags[first].float(), None,
+        f"{pool.digest}+{test.digest}",
+    )  # fmt: skip
+
+
+def _unmasked(folder: MaskFolder, index: int) -> tuple[Tensor, Tensor]:
+    """A training image with a mask of 255."""
+    picture = folder.image(index)
+    image = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    image = image.view(picture.height, picture.width, 3).permute(2, 0, 1)
+    return image, torch.full((picture.height, picture.width), IGNORE, dtype=torch.uint8)
+
+
+def build(method: str, recipe: TagRecipe, classes: int) -> tuple[nn.Module, dict[str, str]]:
+    """The network of a method, its encoder filled with pretrained weights unless `weights` is scratch, and where they
+    come from.
+
+    classes: C, without the background. Position embeddings learn in PCRE alone (released codes).
+    """
+    mini, own = recipe.network == "vit-mini", method == "pcre"
+
+    def trunk_parts() -> tuple[ViT, dict[str, str], nn.Module]:
+        tokens = {"class_tokens": classes, "masked": True} if own else {}
+        encoder = vit(recipe.network, value_only=recipe.value_only, auxiliary=recipe.auxiliary, **tokens)
+        origin = initialise(encoder, recipe.network, recipe.weights)
+        encoder.pos_embed.requires_grad_(own)
+        if own:
+            return encoder, origin, DilatedHead(encoder.width, classes + 1, MINI_DILATIONS if mini else DILATIONS)
+        return encoder, origin, LargeFov(encoder.width, classes + 1, *((64, 2) if mini else ()))
+
+    encoder, origin, head = trunk_parts()
+    if own:
+        sizes = {"heads": encoder.heads, "hidden": 4 * encoder.width, "groups": 8} if mini else {}
+        decoder = RegionDecoder(encoder, LAYOUTS[recipe.network], classes, **sizes)
+        return PCRENetwork(encoder, classes, head, decoder, recipe.method), origin
+    trunk = Trunk(encoder, classes, head)
+    if method == "afa":
+        return AFANetwork(encoder, classes, head, recipe.method), origin
+    if method == "dupl":
+        other, _, other_head = trunk_parts()
+        return Pair(trunk, Trunk(other, classes, other_head)), origin
+    return trunk, origin
+
+
+def check_scenes(experiment: Experiment, recipe: TagRecipe) -> None:
+    """Raise SettingError for what the scenes cannot give."""
+    if not (recipe.images and recipe.tests):
+        raise SettingError(f"images is {recipe.images}, tests {recipe.tests}: scenes need at least one of both")
+    if recipe.crop not in SIZES:
+        raise SettingError(f"crop is {recipe.crop}; scenes are made at the crop's size, {SIZES[0]} to {SIZES[-1]}")
+    if not 1 <= experiment.labels <= recipe.images:
+        raise SettingError(
+            f"labels is {experiment.labels}, the number of scenes whose tags are shown: 1 to images, {recipe.images}"
+        )
+
+
+def spread(count: int, chosen: int) -> Tensor:
+    """Up to `chosen` of the numbers below `count`, evenly spread, int64."""
+    return torch.linspace(0, count - 1, min(chosen, count)).long()
+
+
+def centred(tags: Tensor, masks: Tensor) -> Tensor:
+    """Maps (B, C, H, W) in [0, 1], 1 at the centre and 0 at the corners. tags: (B, C); masks: (B, H, W)."""
+    rows, columns = (torch.linspace(-1, 1, side) for side in masks.shape[1:])
+    cone = 1 - (rows[:, None].square() + columns.square()).sqrt() / 2**0.5
+    return cone.clamp(min=0).expand(*tags.shape, -1, -1)
+
+
+def thresholds(beta: float) -> tuple[float, ...]:
+    """Background thresholds at which CAMs are measured, beta among them."""
+    return tuple(sorted({*cam.THRESHOLDS, beta}))
+
+
+def cam_report(counts: Tensor, beta: float) -> dict:
+    """CAM metrics, fractions or None, from counts (T, K, K) of `cam.threshold_counts` at `thresholds(beta)`.
+
+    cam_miou: at beta. cam_miou_best, cam_beta_best: at the threshold that is best on this very set, and that threshold.
+    cam_curve: mIoU at each of `cam.THRESHOLDS`. cam_confusion: K x K at beta, rows are the truth.
+    over_activation: lists of K at beta, by the names of `cam.OverActivation`; infinite ones are None too.
+    over_activation_mean, over_activation_bounded_mean: of ratio and share over the classes without the background that
+        have a value; a class that is never right has no ratio, but a share of 1.
+    """
+    at = thresholds(beta)
+    found = cam.curve_report(counts, at, beta)
+    fixed = counts[at.index(beta)]
+    spilled = {
+        name: part.masked_fill(part.isinf(), math.nan) for name, part in cam.over_activation(fixed)._asdict().items()
+    }
+    return {
+        "cam_miou": found["fixed"]["miou"],
+        "cam_miou_best": found["best"]["miou"],
+        "cam_beta_best": found["best"]["threshold"],
+        "cam_curve": [miou for threshold, miou in zip(at, found["miou"], strict=True) if threshold in cam.THRESHOLDS],
+        "cam_confusion": fixed.tolist(),
+        "over_activation": {name: segmentation.plain(part) for name, part in spilled.items()},
+        "over_activation_mean": segmentation.plain(spilled["ratio"][1:].nanmean()),
+        "over_activation_bounded_mean": segmentation.plain(spilled["share"][1:].nanmean()),
+    }
