@@ -21,12 +21,11 @@ from typing import Any
 
 import pandas as pd
 
-from figures import committed
 from repro import runs
-from repro.batch import local
+from repro.batch import local, records
 from repro.experiment import Experiment, run_id
+from repro.grid import PAPERS
 from repro.measure.metrics import METRICS
-from repro.papers import PAPERS
 
 IDENTICAL, WITHIN, DIFFERS, ABSENT = VERDICTS = ("identical", "within tolerance", "differs", "not committed")
 SPREADS, SEEDS = 3.0, 3
@@ -133,7 +132,7 @@ def unlike(measured: Mapping[str, str], committed: Mapping[str, str]) -> str:
 def compare(experiment: Experiment, metrics: Mapping[str, Any], committed: pd.DataFrame) -> list[Agreement]:
     """A finished run's headline metrics beside the committed ones: last evaluation, EMA weights.
 
-    metrics: of that run. committed: what `committed.load_numbers` returned.
+    metrics: of that run. committed: what `records.load_numbers` returned.
     """
     run, final = run_id(experiment), metrics["reported"]["last"]["ema"]
     cell = committed[_like(committed, experiment)]
@@ -163,10 +162,10 @@ def compare_all(
 ) -> list[Agreement]:
     """`compare` for every finished run among the experiments, each run once.
 
-    root: folder of runs. path: of the committed runs (`committed.save`), by default the checkout's; without it, nothing
+    root: folder of runs. path: of the committed runs (`records.save`), by default the checkout's; without it, nothing
     is compared. Raises CorruptFile for a run that was edited.
     """
-    frame = committed.load_numbers(Path(path or local.COMMITTED))
+    frame = records.load_numbers(Path(path or local.COMMITTED))
     unique = {run_id(experiment): experiment for experiment in experiments}
     if frame.empty:
         return []

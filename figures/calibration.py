@@ -22,11 +22,10 @@ from figures.style import Drawing, label_of, message, say, setting, style_of, th
 from figures.tables import METRICS, NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
 from repro.data import splits
 from repro.experiment import Experiment, resolve
+from repro.grid import PAPERS, Column, Row, Table, place
 from repro.measure import calibration
 from repro.methods.few_labels.calibratemix import CalibrateMixSettings
 from repro.methods.few_labels.pairing import halves
-from repro.papers import PAPERS
-from repro.papers.grid import Column, Row, Table, place
 from repro.runs import folder_of, is_finished, load_outputs
 
 HALVES = {"hard": style.ORANGE, "easy": style.BLUE}

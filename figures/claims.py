@@ -19,8 +19,8 @@ import pandas as pd
 
 from figures.tables import NOT_RUN, check_reporting
 from repro.experiment import Experiment, run_id
+from repro.grid import EMBEDDED, TITLES, Claim, checked_seeds
 from repro.measure.metrics import METRICS, Metric
-from repro.papers.grid import EMBEDDED, TITLES, Claim, checked_seeds
 from repro.runs import folder_of, is_finished, load_history, load_metrics, load_outputs
 from repro.settings import unknown
 

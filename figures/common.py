@@ -24,10 +24,9 @@ from figures.tables import (  # fmt: skip
     summarise,
 )
 from repro.experiment import Experiment
+from repro.grid import PAPERS, Column, Table, place
 from repro.measure import calibration
 from repro.measure.metrics import METRICS, Metric
-from repro.papers import PAPERS
-from repro.papers.grid import Column, Table, place
 from repro.papers.published import NOT_AVAILABLE
 from repro.runs import folder_of, is_finished, load_history, load_metrics
 

@@ -25,11 +25,11 @@ from figures.verdicts import claim_effects
 from repro import runs
 from repro.batch import local
 from repro.batch.progress import StepBar, is_watched
-from repro.experiment import SCALES, Experiment, resolve
+from repro.experiment import Experiment, resolve
+from repro.grid import PAPERS, Row, Table, place
 from repro.measure.metrics import METRICS
 from repro.methods.few_labels import METHODS
-from repro.papers import PAPERS
-from repro.papers.grid import Row, Table, place
+from repro.recipe import SCALES
 from repro.settings import SettingError, describe, unknown
 
 REDRAW_SECONDS = 3.0

@@ -19,9 +19,10 @@ import pandas as pd
 from figures.tables import RULES, WEIGHTS
 from repro import runs
 from repro.data.catalogue import DataError
-from repro.experiment import SCALES, Experiment, run_id
+from repro.experiment import Experiment, run_id
 from repro.files import atomic_path
-from repro.papers import PAPERS
+from repro.grid import PAPERS
+from repro.recipe import SCALES
 from repro.settings import SettingError, unknown
 
 FOLDER = "imported"

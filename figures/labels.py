@@ -26,9 +26,9 @@ from figures.common import (
 from figures.style import Drawing, label_of, message, say, setting, style_of, themed, where
 from figures.tables import NOT_RUN, WEIGHTS, check_reporting
 from repro.experiment import Experiment, resolve
+from repro.grid import PAPERS
 from repro.measure import calibration
 from repro.methods.few_labels import commatch
-from repro.papers import PAPERS
 from repro.runs import folder_of, is_finished, load_outputs
 
 

@@ -33,9 +33,8 @@ from figures.plane import class_colours, class_legend, classes_of, confidence_pl
 from figures.style import Drawing, by_seed, label_of, message, say, style_of, themed, where
 from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
 from repro.experiment import Experiment
+from repro.grid import PAPERS, Table
 from repro.measure.metrics import METRICS
-from repro.papers import PAPERS
-from repro.papers.grid import Table
 from repro.runs import folder_of, is_finished, load_history, load_outputs
 from repro.settings import SettingError
 

@@ -17,8 +17,8 @@ from figures.style import Drawing, label_of, message, themed, where
 from figures.tables import NOT_RUN
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
+from repro.grid import EMBEDDED
 from repro.methods.scribbles.lengths import PUBLISHED
-from repro.papers.grid import EMBEDDED
 from repro.runs import folder_of, is_finished, load_outputs
 from repro.settings import SettingError
 

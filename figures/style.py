@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from repro.experiment import Experiment
 from repro.files import atomic_path
-from repro.papers import PAPERS
-from repro.papers.grid import LABELS, TITLES
+from repro.grid import LABELS, PAPERS, TITLES
 
 DPI = 120
 PALETTE = [tuple(round(part, 4) for part in colour) for colour in sns.color_palette("colorblind")]

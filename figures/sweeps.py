@@ -17,8 +17,8 @@ from figures.common import keep_apart, seeds_drawn
 from figures.style import Drawing, style_of, themed
 from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
 from repro.experiment import Experiment, resolve
+from repro.grid import Column, Table
 from repro.measure.metrics import METRICS
-from repro.papers.grid import Column, Table
 from repro.papers.published import Published, lookup
 from repro.runs import is_finished
 from repro.settings import SettingError

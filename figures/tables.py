@@ -17,8 +17,8 @@ import pandas as pd
 
 from figures.agreement import FACTS, facts
 from repro.experiment import Experiment, resolve, run_id
+from repro.grid import TITLES, Column, Row, Table, experiment
 from repro.measure.metrics import METRICS, Metric
-from repro.papers.grid import TITLES, Column, Row, Table, experiment
 from repro.papers.published import DATASETS, NOT_AVAILABLE, PARTS, Published, Reference, lookup
 from repro.runs import folder_of, is_finished, load_metrics
 from repro.settings import unknown

@@ -24,11 +24,12 @@ from figures.style import Drawing, by_seed, label_of, style_of, themed, where
 from figures.sweeps import ablation_curves, sweep
 from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
 from repro import cam
-from repro.experiment import Experiment, TagRecipe, resolve
+from repro.experiment import Experiment, resolve
+from repro.grid import PAPERS
 from repro.measure import segmentation
 from repro.methods.image_tags.pcre import PCRESettings
 from repro.methods.image_tags.regions import squared_distances
-from repro.papers import PAPERS
+from repro.recipe import TagRecipe
 from repro.runs import folder_of, is_finished, load_moments, load_outputs
 from repro.settings import SettingError
 

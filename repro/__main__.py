@@ -169,7 +169,7 @@ def _report(options: argparse.Namespace) -> int:
     from figures import report
     from repro import runs
     from repro.batch.reproduce import CHECKOUT, unpublished
-    from repro.experiment import SCALES
+    from repro.recipe import SCALES
     from repro.settings import unknown
 
     if options.scale not in SCALES:
@@ -235,8 +235,8 @@ def _run(options: argparse.Namespace) -> int:
     from repro import runs
     from repro.batch.local import title
     from repro.batch.progress import StepBar
+    from repro.grid import PAPERS
     from repro.measure.metrics import sentence
-    from repro.papers import PAPERS
 
     experiment = _experiment(options)
     on_step = _print_progress if options.progress_lines else StepBar(title(experiment))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from repro.data.masks import IGNORE
+from repro.arrays import IGNORE
 from repro.measure.segmentation import iou
 
 SCALES = (1.0, 0.5, 1.5)  # ToCo's; PCRE trains with 1, .5, .75, 1.5

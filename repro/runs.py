@@ -25,11 +25,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from repro.experiment import Experiment, Recipe, record, resolve, run_id
+from repro.experiment import Experiment, record, resolve, run_id
 from repro.files import CorruptFile, atomic_path, load_state, read_json, save_state, write_json
+from repro.grid import PAPERS
 from repro.history import History
-from repro.papers import PAPERS
 from repro.randomness import seed_everything
+from repro.recipe import Recipe
 from repro.settings import SettingError
 from repro.tasks import monitors
 from repro.train import CHECKPOINT, MOMENTS, Interrupted, train
@@ -87,7 +88,7 @@ def _execute(experiment, folder, data_root, device, on_step) -> dict:
     recipe = resolve(experiment)
     with _threads(recipe.threads):
         seed_everything(experiment.seed)
-        task = PAPERS[experiment.paper].task(experiment).prepare(experiment, recipe, device, data_root)
+        task = PAPERS[experiment.paper].spec.supervision.task.prepare(experiment, recipe, device, data_root)
         saved = record(experiment) | {"data_digest": task.data_digest}
         _claim(folder, saved)
         started, origin = time.monotonic(), provenance(device, recipe) | {"weights": task.weights}

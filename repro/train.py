@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from repro import optimisation
+from repro.arrays import Items, PixelLabels, PseudoLabels
 from repro.files import load_state, save_state
 from repro.history import History
 from repro.randomness import hash_seed, random_states, restore_random_states
@@ -37,18 +38,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass(frozen=True)
-class Items:
-    """Samples of one stream: pool indices (n,), images (n, C, H, W) uint8, labels (n, ...), hidden ones -1.
-
-    Of masks: labels (n, H, W) uint8, 255 where hidden or void, 254 where a loader padded.
-    """
-
-    index: Tensor
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
 class Now:
     """Where training stands, as plain numbers: step within the stage, its length, epoch, stage; and the EMA teacher."""
 
@@ -62,37 +51,6 @@ class Now:
     def progress(self) -> float:
         """Fraction of the stage done, in [0, 1)."""
         return self.step / self.steps
-
-
-@dataclass(frozen=True)
-class PseudoLabels:
-    """What a method selected in one step, for reporting against hidden labels.
-
-    index: (U,) pool indices.
-    label, mask, confidence: (U,) positives: class, selected, its probability; or (U, K) negatives, where `label`
-        is the class number, `mask` marks classes held to be wrong and confidence is 1 - p.
-    """
-
-    index: Tensor
-    label: Tensor
-    mask: Tensor
-    confidence: Tensor
-
-
-@dataclass(frozen=True)
-class PixelLabels:
-    """Pseudo-labels of the pixels of crops, for reporting against hidden masks.
-
-    index: (B,) pool indices. label: (B, S, S) classes. weight: (B, S, S) in [0, 1] or bool. confidence: (B, S, S).
-    valid: (B, S, S) bool, not padding. window: a `data.mask_views.Window`, which moves hidden masks to the crops.
-    """
-
-    index: Tensor
-    label: Tensor
-    weight: Tensor
-    confidence: Tensor
-    valid: Tensor
-    window: Any
 
 
 @dataclass(frozen=True)

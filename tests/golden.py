@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from repro import runs
 from repro.batch import plan
-from repro.experiment import SCALES, Experiment, run_id
-from repro.papers import PAPERS
+from repro.experiment import Experiment, run_id
+from repro.grid import PAPERS
+from repro.recipe import SCALES
 
 FOLDER = Path(__file__).parent / "golden"
 SEEDS = range(5)

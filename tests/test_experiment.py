@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from repro import papers
-from repro.experiment import Experiment, LabelRecipe, Recipe, from_record, record, resolve, run_id
+from repro.experiment import Experiment, from_record, record, resolve, run_id
+from repro.recipe import LabelRecipe, Recipe
 from repro.settings import SettingError
 
 BASE = Experiment("commatch", "fixmatch", "fashion", 100, 0, "tiny")

@@ -91,7 +91,8 @@ def test_describe_has_a_row_a_field():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_of_a_method_can_be_overridden_without_ambiguity(name):
     """An override names a field of the recipe or of the method: no name may mean both, or belong to the record."""
-    from repro.experiment import Experiment, LabelRecipe
+    from repro.experiment import Experiment
+    from repro.recipe import LabelRecipe
 
     settings = METHODS[name].Settings()
     taken = {field.name for field in (*dataclasses.fields(LabelRecipe), *dataclasses.fields(Experiment))}

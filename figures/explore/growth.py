@@ -11,11 +11,12 @@ from torch import Tensor
 from figures.plane import classes_of
 from figures.style import label_of, where
 from repro.cam import cam_labels, min_max, over_activation, widened
-from repro.experiment import Experiment, TagRecipe, resolve
+from repro.experiment import Experiment, resolve
 from repro.measure.segmentation import confusion, iou
 from repro.methods.image_tags import losses
 from repro.methods.image_tags.maxima import region_masks
 from repro.methods.image_tags.regions import Pairs, Regions, by_class, candidates, gate, grow, shown_classes
+from repro.recipe import TagRecipe
 from repro.runs import folder_of, load_outputs
 
 SOURCES = {"main": "CAM", "auxiliary": "auxiliary CAM", "gradcam": "Grad-CAM", "rollout": "attention rollout"}

@@ -34,7 +34,8 @@ from figures.explore.parts import (  # fmt: skip
 from figures.plane import class_colours
 from figures.style import INK, style_of
 from repro.data.masks import IGNORE
-from repro.experiment import Experiment, scales_of
+from repro.experiment import Experiment
+from repro.recipe import scales_of
 
 RADII = (0, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)  # patches
 MOST_ROUNDS = 10

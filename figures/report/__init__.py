@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from figures import claims, committed, exchange, tables
+from figures import claims, exchange, tables
 from figures.report import pages
 from figures.report.content import across_parts, compared, cost_row, of_others, paper_parts
 from repro import runs
-from repro.batch import local, plan
+from repro.batch import local, plan, records
 from repro.files import atomic_path, read_json, write_json, write_text
-from repro.papers import PAPERS
+from repro.grid import PAPERS
 from repro.settings import SettingError
 
 PACKAGE = Path(__file__).resolve().parents[2] / "repro"
@@ -68,7 +68,7 @@ def build(scale: str, seeds: Sequence[int], root: Path, checkout: Path | None = 
         executed = {name: notebook.result() for name, notebook in executing.items()}
     write_pages(folder, scale, seeds, root, parts, between, executed)
     write_text(folder / "results.md", results_markdown(scale, seeds, parts))
-    saved = committed.save(tables.collect(plan.select(scale=scale, seeds=seeds), root), folder / "runs.csv")
+    saved = records.save(tables.collect(plan.select(scale=scale, seeds=seeds), root), folder / "runs.csv")
     if checkout is not None:
         publish(saved, folder, parts, checkout, [figure for section in between for figure in section["figures"]])
     write_json(made, inputs | {"committed": _committed_digest(), "published": checkout is not None})
@@ -98,7 +98,7 @@ def _times(root: Path, pattern: str) -> dict[str, int]:
 
 
 def _committed_digest() -> str:
-    return _digest([local.COMMITTED, committed.numbers_of(local.COMMITTED)])
+    return _digest([local.COMMITTED, records.numbers_of(local.COMMITTED)])
 
 
 def _digest(paths: Iterable[Path]) -> str:

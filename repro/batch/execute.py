@@ -32,8 +32,8 @@ from repro.batch.once import CLASSES, RETRIED, Failure
 from repro.batch.plan import STALE, Planned
 from repro.experiment import Experiment, record
 from repro.files import CorruptFile, read_json
+from repro.grid import PAPERS
 from repro.measure.metrics import sentence
-from repro.papers import PAPERS
 from repro.settings import SettingError, unknown
 
 ENGINES = ("auto", "sequential", "snakemake")

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from repro import runs
 from repro.batch.progress import is_watched
 from repro.experiment import Experiment, record
+from repro.grid import PAPERS, place
 from repro.measure.metrics import sentence
-from repro.papers import PAPERS
-from repro.papers.grid import place
 from repro.settings import SettingError
 
 UNKNOWN_SECONDS, TINY_SECONDS = 120.0, 5.0  # guesses for a method that was never run, for the estimate of time only

@@ -19,13 +19,13 @@ from typing import Any
 
 import pandas as pd
 
-from figures.committed import load_runs
 from repro import runs
 from repro.batch import local
-from repro.experiment import SCALES, Experiment, record, run_id
+from repro.batch.records import load_runs
+from repro.experiment import Experiment, record, run_id
 from repro.files import CorruptFile, load_state, read_json
-from repro.papers import PAPERS
-from repro.papers.grid import checked_seeds
+from repro.grid import PAPERS, checked_seeds
+from repro.recipe import SCALES
 from repro.settings import unknown
 from repro.train import CHECKPOINT
 

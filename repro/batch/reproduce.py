@@ -9,13 +9,14 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from figures import agreement, committed, report
+from figures import agreement, report
 from figures.claims import MINIMUM_SEEDS
 from repro import runs
-from repro.batch import plan
+from repro.batch import plan, records
 from repro.batch.local import COMMITTED, Outcome, run_all
-from repro.experiment import SCALES, Experiment
-from repro.papers import PAPERS
+from repro.experiment import Experiment
+from repro.grid import PAPERS
+from repro.recipe import SCALES
 from repro.settings import SettingError, unknown
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -79,7 +80,7 @@ def left_out(experiments: Collection[Experiment], scale: str, seeds: Sequence[in
 
 def unpublished(scale: str, seeds: Sequence[int], root: Path) -> str:
     """Why results of these runs must not replace the committed ones; empty where they may."""
-    lost = committed.lost(COMMITTED, plan.select(scale=scale, seeds=seeds), root)
+    lost = records.lost(COMMITTED, plan.select(scale=scale, seeds=seeds), root)
     if not lost:
         return ""
     return (
@@ -90,7 +91,7 @@ def unpublished(scale: str, seeds: Sequence[int], root: Path) -> str:
 
 def committed_seeds(scale: str) -> int:
     """How many seeds the committed results of a scale have; 0 without any."""
-    frame = committed.load_runs(COMMITTED)
+    frame = records.load_runs(COMMITTED)
     if frame.empty:
         return 0
     return int(frame.loc[frame["scale"] == scale, "seed"].nunique())

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IGNORE = 255
+from repro.arrays import IGNORE
+
 FOR_MASKS = 20  # the stream of Philox words, apart from those of `splits` and `scenes`
 
 

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from repro.arrays import Items
 from repro.data.catalogue import DataError
 from repro.data.folders import names_in
 from repro.data.mask_views import PADDING, place
 from repro.data.masks import IGNORE, choose, show_tags
 from repro.data.masks_sources import CLASSIC, MaskFolder
-from repro.train import Items
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from repro.arrays import Items
 from repro.data.catalogue import DataError
 from repro.data.folders import VOC_CLASSES, voc_mask
 from repro.data.mask_views import PADDING, Crop, MaskViews, Window
 from repro.data.masks import IGNORE
 from repro.data.masks_sources import MaskFolder, open_masks
 from repro.data.scribbles import LEAST, WIDTH, arc_reach, check, paint, scribbles_of
-from repro.train import Items
 
 FRAME = 500  # pixels: no image of VOC is wider or higher
 PNG, XML = "pascal_2012_scribble", Path("scribble_annotation", "pascal_2012")

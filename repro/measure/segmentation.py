@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repro.data.masks import IGNORE
+from repro.arrays import IGNORE
 from repro.measure.reliability import ReliabilitySums
 from repro.models.modes import evaluating
 

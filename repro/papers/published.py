@@ -2,8 +2,7 @@
 papers.
 
 A cell that could not be had is a `Published` whose value is None; it prints as "not available" and is never
-filled with a guess. A number that follows from published ones is a `Derived`, another type, so that it cannot
-pass for published.
+filled with a guess.
 """
 
 import csv
@@ -14,9 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from repro.papers.grid import LABELS, MASKS, SCRIBBLES
-
 NOT_AVAILABLE = "not available"
+# How a budget is written, by kind of supervision; every image has its scribbles.
+LABELS, MASKS, TAGS, SCRIBBLES = "{} labels", "{} masks", "{} tagged images", "scribble length {} %"
 # Published metric -> ours (None: a statement that no run's metric can stand beside). All are percentages or
 # points, but for seconds and for settings that a source states.
 METRICS = {
@@ -93,7 +92,7 @@ class Published:
         if self.std is not None and not (self.value is not None and 0 <= self.std < math.inf):
             raise PublishedError(f"std is {self.std}; it must be finite, from 0, and beside a value")
         if any("derived" in getattr(self, name).lower() for name in ("table", "setting", "source")):
-            raise PublishedError("a derived number is not a published one; use Derived")
+            raise PublishedError("a derived number is not a published one")
 
     @property
     def data(self) -> str | None:
@@ -141,25 +140,6 @@ class Published:
         if self.value is None:
             return NOT_AVAILABLE
         return f"{self.value:.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A number computed from published ones; `working` says how. Printed as derived, never in a published
-    column."""
-
-    dataset: str
-    split: str
-    method: str
-    metric: str
-    value: float
-    working: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.method}, {self.dataset} with {self.split} labels: {self.metric} {self.value:.2f} "
-            f"(derived, not published: {self.working})"
-        )
 
 
 @dataclass(frozen=True)

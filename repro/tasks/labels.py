@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from repro.data import catalogue, splits
 from repro.data.augment import Views
-from repro.experiment import Experiment, LabelRecipe
 from repro.measure.calibration import fit_temperature
 from repro.methods.few_labels import METHODS
 from repro.models.modes import stochastic_probs
 from repro.models.wide_resnet import wide_resnet
+from repro.recipe import Cell, LabelRecipe
 from repro.tasks.monitors import PseudoLabelMonitor, measure, predict
 from repro.train import Task
 
@@ -19,7 +19,7 @@ SHOWN = 1000  # unlabelled images whose predictions a run keeps for figures and 
 SHOWN_PASSES = 10
 
 
-def prepare(experiment: Experiment, recipe: LabelRecipe, device: torch.device, data_root: Path | None = None) -> Task:
+def prepare(experiment: Cell, recipe: LabelRecipe, device: torch.device, data_root: Path | None = None) -> Task:
     """Load the data, draw the labelled subset, build the seeded network and method. Raises DataError, SettingError."""
     source = catalogue.SOURCES[experiment.data]
     pool, truth = splits.open_pool(experiment.split, data_root)

@@ -14,7 +14,6 @@ from repro.data.masks import IGNORE, draw_masks
 from repro.data.masks_sources import MASK_SOURCES, MaskFolder, open_masks
 from repro.data.pools import draw_folder
 from repro.data.scenes import SIZES, scenes
-from repro.experiment import Experiment, MaskRecipe
 from repro.measure import segmentation
 from repro.methods.few_masks import METHODS
 from repro.methods.few_masks.losses import LABELLED
@@ -22,6 +21,7 @@ from repro.methods.few_masks.separation import confidence_features
 from repro.models.deeplab import deeplab
 from repro.models.modes import evaluating
 from repro.models.pretrained import initialise
+from repro.recipe import Cell, MaskRecipe
 from repro.settings import SettingError
 from repro.tasks.monitors import PixelMonitor
 from repro.train import Task
@@ -30,7 +30,7 @@ SHOWN_POOL, SHOWN_TEST = 8, 12  # images whose predictions a run keeps for figur
 BATCH = 50  # scenes evaluated at a time
 
 
-def prepare(experiment: Experiment, recipe: MaskRecipe, device: torch.device, data_root: Path | None = None) -> Task:
+def prepare(experiment: Cell, recipe: MaskRecipe, device: torch.device, data_root: Path | None = None) -> Task:
     """Load the data, draw the shown masks, build the seeded network and method.
 
     Raises DataError, SettingError, WeightsError.
@@ -83,7 +83,7 @@ def build(recipe: MaskRecipe, classes: int) -> tuple[nn.Module, dict[str, str]]:
     return network, initialise(network.backbone, recipe.network, recipe.weights)
 
 
-def _embedded(experiment: Experiment, recipe: MaskRecipe, data_root: Path | None):
+def _embedded(experiment: Cell, recipe: MaskRecipe, data_root: Path | None):
     """Pool, truth, shown pictures, test pairs and digest of the Fashion scenes."""
     if not (0 < experiment.labels <= recipe.images and recipe.tests):
         raise SettingError(
@@ -105,7 +105,7 @@ def _embedded(experiment: Experiment, recipe: MaskRecipe, data_root: Path | None
     return pool, truth, pictures, pairs, f"{pool.digest}+{test.digest}"
 
 
-def _folder(experiment: Experiment, recipe: MaskRecipe, data_root: Path | None):
+def _folder(experiment: Cell, recipe: MaskRecipe, data_root: Path | None):
     """The same of a published data set in its folders; its hidden masks are not opened, so there is no truth."""
     train = open_masks(experiment.data, "train_aug" if experiment.data == "voc" else "train", data_root)
     test = open_masks(experiment.data, "val", data_root)

@@ -15,13 +15,13 @@ from repro.data.pools import read_ahead
 from repro.data.scenes import SIZES, scenes
 from repro.data.scribble_layout import FRAME, FramePool, PaddedViews, framed, open_scribbles
 from repro.data.scribbles import draw_scribbles, reaches_of
-from repro.experiment import Experiment, ScribbleRecipe
 from repro.measure.segmentation import SegmentationSums, confusion, mean_iou, pixel_accuracy, whole_image
 from repro.methods.scribbles import METHODS
 from repro.methods.scribbles.steps import BLUR
 from repro.models.deeplab import deeplab
 from repro.models.modes import evaluating
 from repro.models.pretrained import initialise
+from repro.recipe import Cell, ScribbleRecipe
 from repro.settings import SettingError
 from repro.solvers.potts import contrast_grid, potts_energy, relaxed_potts
 from repro.tasks.monitors import PixelMonitor
@@ -53,7 +53,7 @@ class Sets:
 
 
 def prepare(
-    experiment: Experiment, recipe: ScribbleRecipe, device: torch.device, data_root: Path | None = None
+    experiment: Cell, recipe: ScribbleRecipe, device: torch.device, data_root: Path | None = None
 ) -> Task:
     """Load the images, draw or read their scribbles, build the seeded network and method.
 
@@ -153,12 +153,12 @@ def proposal_quality(proposals: Tensor | None, truth: Tensor | None, classes: in
     return dict(zip(names, (pixel_accuracy(counts).item(), mean_iou(counts).item()), strict=True))
 
 
-def sees_masks(experiment: Experiment) -> bool:
+def sees_masks(experiment: Cell) -> bool:
     """Whether the method is full supervision."""
     return METHODS[experiment.method].supervision == "masks"
 
 
-def _embedded(experiment: Experiment, recipe: ScribbleRecipe) -> Sets:
+def _embedded(experiment: Cell, recipe: ScribbleRecipe) -> Sets:
     """Fashion scenes, with scribbles drawn into their masks."""
     if not (recipe.images and recipe.tests):
         raise SettingError(f"images is {recipe.images}, tests {recipe.tests}: scenes need at least one of both")
@@ -182,7 +182,7 @@ def _embedded(experiment: Experiment, recipe: ScribbleRecipe) -> Sets:
     return Sets(pool, size, truth, batches, first, shown, pictures, f"{pool.digest}+{test.digest}")
 
 
-def _folder(experiment: Experiment, recipe: ScribbleRecipe, data_root: Path | None) -> Sets:
+def _folder(experiment: Cell, recipe: ScribbleRecipe, data_root: Path | None) -> Sets:
     """ScribbleSup on Pascal VOC. No mask of a training image is opened but for full supervision.
 
     Of the shown images' reach only the scribbles at hand are known: it is their length there, and inf elsewhere.

@@ -23,7 +23,6 @@ from repro.data.masks import IGNORE, MaskPool, draw_masks, show_tags, tags_of
 from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.pools import TagPool, draw_tags, read_ahead
 from repro.data.scenes import SIZES, scenes
-from repro.experiment import Experiment, TagRecipe
 from repro.measure import segmentation
 from repro.methods.image_tags import METHODS
 from repro.methods.image_tags.afa import AFANetwork
@@ -33,6 +32,7 @@ from repro.methods.image_tags.trunk import Trunk
 from repro.models.modes import evaluating
 from repro.models.pretrained import initialise
 from repro.models.vit import DILATIONS, LAYOUTS, MINI_DILATIONS, DilatedHead, LargeFov, ViT, vit
+from repro.recipe import Cell, TagRecipe
 from repro.settings import SettingError
 from repro.tasks.crf_scores import CRF_SCENES, final_counts, final_scores, inference_of, protocol_of
 from repro.tasks.previews import LARGEST, explored, small_images, small_labels, stacked, trunk_of
@@ -68,7 +68,7 @@ class Sets:
     digest: str
 
 
-def prepare(experiment: Experiment, recipe: TagRecipe, device: torch.device, data_root: Path | None = None) -> Task:
+def prepare(experiment: Cell, recipe: TagRecipe, device: torch.device, data_root: Path | None = None) -> Task:
     """Load the images and their tags, build the seeded network and method. Methods see no mask.
 
     Raises DataError, SettingError, WeightsError.
@@ -169,7 +169,7 @@ class FramedViews(MaskViews):
         return super().crop(images[:, :3], masks.masked_fill(images[:, 3] == 0, PADDING))
 
 
-def _embedded(experiment: Experiment, recipe: TagRecipe) -> Sets:
+def _embedded(experiment: Cell, recipe: TagRecipe) -> Sets:
     """Fashion scenes, whose tags follow from their masks."""
     check_scenes(experiment, recipe)
     train, test = scenes("train", recipe.images, recipe.crop), scenes("test", recipe.tests, recipe.crop)
@@ -192,7 +192,7 @@ def _embedded(experiment: Experiment, recipe: TagRecipe) -> Sets:
     )  # fmt: skip
 
 
-def _folder(experiment: Experiment, recipe: TagRecipe, data_root: Path | None) -> Sets:
+def _folder(experiment: Cell, recipe: TagRecipe, data_root: Path | None) -> Sets:
     """A published data set in its folders. No mask of a training image is opened, or need be there.
 
     Images of val without any object are left out, as in the papers' list for COCO.
@@ -263,7 +263,7 @@ def build(method: str, recipe: TagRecipe, classes: int) -> tuple[nn.Module, dict
     return trunk, origin
 
 
-def check_scenes(experiment: Experiment, recipe: TagRecipe) -> None:
+def check_scenes(experiment: Cell, recipe: TagRecipe) -> None:
     """Raise SettingError for what the scenes cannot give."""
     if not (recipe.images and recipe.tests):
         raise SettingError(f"images is {recipe.images}, tests {recipe.tests}: scenes need at least one of both")

@@ -11,7 +11,7 @@ from repro.batch import local, plan
 from repro.batch.plan import Planned, bill, select
 from repro.experiment import Experiment, record, run_id
 from repro.files import read_json, save_state, write_json
-from repro.papers import PAPERS
+from repro.grid import PAPERS
 from repro.settings import SettingError
 from repro.train import CHECKPOINT
 from tests.fake_runs import write_run

@@ -5,13 +5,13 @@ import shlex
 import pandas as pd
 import pytest
 
-from figures import agreement, committed, tables
+from figures import agreement, tables
 from repro import runs
 from repro.__main__ import main, parser
-from repro.batch import local, plan, reproduce
+from repro.batch import local, plan, records, reproduce
 from repro.batch.local import Outcome
 from repro.experiment import run_id
-from repro.papers import PAPERS
+from repro.grid import PAPERS
 from repro.settings import SettingError
 from tests.fake_runs import write_run
 
@@ -51,7 +51,7 @@ def commit(path, root, seeds):
     experiments = plan.select(main=True, seeds=seeds)
     for experiment in experiments:
         write_run(experiment, root, error=0.25 + experiment.seed / 100, miou=0.5, cam_miou=0.5, potts_energy=3.0)
-    committed.save(tables.collect(experiments, root), path)
+    records.save(tables.collect(experiments, root), path)
 
 
 def test_one_seed_of_every_papers_main_job_by_default(job, tmp_path, capsys):
@@ -135,7 +135,7 @@ def test_a_main_job_of_all_seeds_keeps_committed_ablations_that_it_has_not_run(j
     ablated = next(item for item in whole if item not in job_runs)
     for item in (*job_runs, ablated):
         write_run(item, tmp_path / "theirs", error=0.3, miou=0.5, cam_miou=0.5, potts_energy=3.0)
-    committed.save(tables.collect([*job_runs, ablated], tmp_path / "theirs"), tmp_path / "committed.csv")
+    records.save(tables.collect([*job_runs, ablated], tmp_path / "theirs"), tmp_path / "committed.csv")
     reproduce.reproduce(seeds=1)
     assert job["published"] == [None]
     assert f"1 committed run would be dropped, such as {run_id(ablated)}" in capsys.readouterr().out

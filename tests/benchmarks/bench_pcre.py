@@ -17,13 +17,13 @@ from types import SimpleNamespace
 
 import torch
 
-from repro.experiment import TagRecipe
 from repro.methods.image_tags import METHODS, regions
 from repro.methods.image_tags.losses import refine_loss
 from repro.methods.image_tags.pcre_network import RegionDecoder
 from repro.models.vit import LAYOUTS
 from repro.optimisation import make_optimiser
 from repro.randomness import seed_everything
+from repro.recipe import TagRecipe
 from repro.tasks import tags as task
 from repro.train import Items, Now
 

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from figures import agreement, tables
-from figures import committed as committed_files
 from figures.agreement import ABSENT, DIFFERS, IDENTICAL, WITHIN, compare_all, facts, tolerance, unlike, verdict
+from repro.batch import records as committed_files
 from repro.experiment import Experiment
 from repro.files import read_json, write_json
 from tests.fake_runs import METRICS, write_run

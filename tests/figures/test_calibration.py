@@ -8,9 +8,9 @@ from figures import calibration as figures
 from figures import style
 from figures.tables import NOT_RUN
 from repro.files import write_json
+from repro.grid import Column
 from repro.measure import calibration
 from repro.papers import calibratemix as paper
-from repro.papers.grid import Column
 from repro.runs import folder_of
 from tests import fake_outputs
 from tests.fake_margins import BASE, LABELLED, MIXED, write_pair, write_run

@@ -20,8 +20,7 @@ from figures.claims import (
     sign_flip_test,
 )
 from repro.files import save_state
-from repro.papers import PAPERS
-from repro.papers.grid import MASKS, Claim, Column, Row
+from repro.grid import MASKS, PAPERS, Claim, Column, Row
 from repro.papers.published import Published
 from repro.runs import folder_of
 from repro.settings import SettingError

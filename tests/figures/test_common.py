@@ -10,11 +10,10 @@ from figures import common, labels, style
 from figures.report import content
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
+from repro.grid import PAPERS, Column
 from repro.measure import calibration
 from repro.measure.metrics import METRICS
 from repro.methods.few_labels import commatch
-from repro.papers import PAPERS
-from repro.papers.grid import Column
 from tests.fake_outputs import texts, write_run
 
 COMMATCH = Experiment(scale="tiny")

@@ -3,8 +3,8 @@ import pytest
 
 from figures import desk
 from repro.experiment import Experiment
+from repro.grid import PAPERS
 from repro.methods.few_labels import commatch
-from repro.papers import PAPERS
 from repro.settings import SettingError
 from tests.fake_outputs import write_run
 

@@ -18,7 +18,7 @@ from figures.tables import NOT_RUN
 from repro.data.scribbles import reaches_of
 from repro.experiment import Experiment
 from repro.files import save_state, write_json
-from repro.papers import PAPERS
+from repro.grid import PAPERS
 from repro.runs import folder_of, load_history, load_metrics, load_outputs
 from repro.settings import SettingError
 from tests.fake_outputs import texts

@@ -11,10 +11,9 @@ import pytest
 from figures import tables
 from figures.tables import Summary, collect, compare, layout, notes, published_grid, show, summarise
 from repro.files import CorruptFile, read_json, write_json
+from repro.grid import CALIBRATED, MASKED, MASKS, PAPERS, Column, Row, Table
 from repro.measure.calibration import all_metrics
 from repro.measure.metrics import METRICS
-from repro.papers import PAPERS
-from repro.papers.grid import CALIBRATED, MASKED, MASKS, Column, Row, Table
 from repro.papers.published import Published, Reference
 from repro.runs import folder_of
 from repro.settings import SettingError

@@ -17,8 +17,7 @@ from figures.tables import NOT_RUN, published_grid
 from repro.cam import THRESHOLDS
 from repro.experiment import Experiment, resolve
 from repro.files import load_state, save_state, write_json
-from repro.papers import PAPERS
-from repro.papers.grid import Row
+from repro.grid import PAPERS, Row
 from repro.papers.published import Reference
 from repro.runs import folder_of, load_history, load_metrics, load_moments, load_outputs
 from repro.settings import SettingError

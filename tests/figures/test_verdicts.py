@@ -4,7 +4,7 @@ import pytest
 
 from figures import claims
 from figures.verdicts import LOOKS, claim_effects
-from repro.papers import PAPERS
+from repro.grid import PAPERS
 from tests.fake_runs import write_run
 
 CLAIMS = PAPERS["commatch"].CLAIMS

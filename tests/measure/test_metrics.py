@@ -1,8 +1,7 @@
 import pytest
 
+from repro.grid import CALIBRATED, MASKED, PAPERS
 from repro.measure.metrics import METRICS, Metric, sentence
-from repro.papers import PAPERS
-from repro.papers.grid import CALIBRATED, MASKED
 from tests.fake_mask_runs import measured, probabilities, scenes
 
 

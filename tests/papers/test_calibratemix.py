@@ -3,9 +3,10 @@
 import pytest
 
 from figures.tables import METRICS, NOT_AVAILABLE, published_grid
-from repro.experiment import SCALES, resolve, run_id
+from repro.experiment import resolve, run_id
+from repro.grid import Column
 from repro.papers import calibratemix, commatch
-from repro.papers.grid import Column
+from repro.recipe import SCALES
 
 
 @pytest.mark.parametrize("scale", SCALES)

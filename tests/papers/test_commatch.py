@@ -3,10 +3,11 @@
 import pytest
 
 from figures.tables import METRICS, published_grid
-from repro.experiment import SCALES, resolve, run_id
+from repro.experiment import resolve, run_id
+from repro.grid import CALIBRATED, Column
 from repro.methods.few_labels import METHODS
 from repro.papers import commatch
-from repro.papers.grid import CALIBRATED, Column
+from repro.recipe import SCALES
 
 GRIDS = [*commatch.TABLES.values(), *commatch.ABLATIONS.values(), *commatch.CLAIMS.values()]
 

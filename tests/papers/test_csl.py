@@ -3,11 +3,12 @@
 import pytest
 
 from figures.tables import incomparable, notes, published_grid
-from repro.experiment import SCALES, resolve, run_id
+from repro.experiment import resolve, run_id
+from repro.grid import EMBEDDED, MASKED, experiment
 from repro.measure.metrics import METRICS
 from repro.papers import csl, few_masks
-from repro.papers.grid import EMBEDDED, MASKED, experiment
 from repro.papers.published import NOT_AVAILABLE, Reference, lookup
+from repro.recipe import SCALES
 from repro.settings import SettingError
 
 TABLES = [*csl.TABLES.values(), *csl.ABLATIONS.values()]

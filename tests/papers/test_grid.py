@@ -1,8 +1,7 @@
 import pytest
 
 from repro.experiment import Experiment, run_id
-from repro.papers import PAPERS
-from repro.papers.grid import EMBEDDED, MASKS, TAGS, TITLES, Claim, Column, Row, Table, ablation, checked_seeds, place
+from repro.grid import EMBEDDED, MASKS, PAPERS, TAGS, TITLES, Claim, Column, Row, Table, ablation, checked_seeds, place
 from repro.settings import SettingError
 
 PAPER, SMALL = (Column("cifar10", 40),), (Column("fashion", 100), Column("fashion", 250))

@@ -3,11 +3,12 @@
 import pytest
 
 from figures.tables import incomparable, published_grid
-from repro.experiment import SCALES, resolve, run_id
+from repro.experiment import resolve, run_id
+from repro.grid import EMBEDDED, experiment
 from repro.measure.metrics import METRICS
 from repro.papers import pcre
-from repro.papers.grid import EMBEDDED, experiment
 from repro.papers.published import NOT_AVAILABLE, lookup
+from repro.recipe import SCALES
 
 TABLES = [*pcre.TABLES.values(), *pcre.ABLATIONS.values()]
 MAIN = pcre.TABLES["main"]

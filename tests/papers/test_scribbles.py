@@ -6,10 +6,11 @@ import math
 import pytest
 
 from repro.data.scribbles import LENGTHS as DRAWN
-from repro.experiment import Experiment, ScribbleRecipe, resolve
+from repro.experiment import Experiment, resolve
 from repro.methods.scribbles import METHODS
 from repro.methods.scribbles.losses import outlier_model
 from repro.papers import scribbles
+from repro.recipe import ScribbleRecipe
 from repro.settings import SettingError
 
 # Length, epsilon at C = 21 and at C = 6 by hand, (C - 1) / (C + r) with r = b / a, and gamma.

@@ -3,12 +3,13 @@
 import pytest
 
 from figures.tables import incomparable, published_grid
-from repro.experiment import SCALES, resolve, run_id
+from repro.experiment import resolve, run_id
+from repro.grid import EMBEDDED, SCRIBBLES, Column, experiment, place
 from repro.measure.metrics import METRICS
 from repro.methods.scribbles.lengths import PUBLISHED as TUNED
 from repro.papers import trust_region
-from repro.papers.grid import EMBEDDED, SCRIBBLES, Column, experiment, place
 from repro.papers.published import NOT_AVAILABLE, lookup
+from repro.recipe import SCALES
 
 TABLES = [*trust_region.TABLES.values(), *trust_region.ABLATIONS.values()]
 MAIN = trust_region.TABLES["main"]

@@ -18,11 +18,12 @@ from repro.data.masks_sources import MaskFolder
 from repro.data.scenes import scenes
 from repro.data.scribble_layout import PaddedViews
 from repro.data.scribbles import draw_scribbles, reaches_of
-from repro.experiment import Experiment, ScribbleRecipe, resolve
+from repro.experiment import Experiment, resolve
+from repro.grid import PAPERS
 from repro.methods.scribbles import METHODS, settings_for
 from repro.models.pretrained import WeightsError
-from repro.papers import PAPERS
 from repro.randomness import seed_everything
+from repro.recipe import ScribbleRecipe
 from repro.runs import execute, folder_of, load_history, load_metrics, load_moments, load_outputs
 from repro.settings import SettingError
 from repro.tasks import scribbles as task

@@ -17,7 +17,6 @@ from repro.data.catalogue import DataError
 from repro.data.masks import choose, tags_of
 from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.scenes import scenes
-from repro.experiment import TagRecipe
 from repro.history import History
 from repro.measure.segmentation import confusion, iou, mean_iou
 from repro.methods.image_tags import METHODS
@@ -25,6 +24,7 @@ from repro.methods.image_tags.regions import refined_regions, shown_classes
 from repro.models.pretrained import WeightsError
 from repro.models.vit import DILATIONS
 from repro.randomness import seed_everything
+from repro.recipe import TagRecipe
 from repro.runs import load_moments
 from repro.settings import SettingError
 from repro.tasks import tags as task

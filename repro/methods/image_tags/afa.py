@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from repro.cam import bilinear, multi_scale_cam
 from repro.data.mask_views import MaskViews
-from repro.experiment import TagRecipe
 from repro.methods.image_tags.affinity import (
     affinity_loss,
     affinity_pairs,
@@ -27,6 +26,7 @@ from repro.methods.image_tags.affinity import (
 from repro.methods.image_tags.steps import TagMethod, tag_terms
 from repro.methods.image_tags.trunk import Prediction, Trunk
 from repro.models.vit import ViT, to_map
+from repro.recipe import TagRecipe
 from repro.settings import check, hyper
 from repro.train import Items, Losses, Now
 

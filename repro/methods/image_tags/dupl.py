@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from repro.cam import bilinear, widened
 from repro.data.mask_views import MaskViews
 from repro.data.masks import IGNORE
-from repro.experiment import TagRecipe
 from repro.methods.image_tags import dupl_labels
 from repro.methods.image_tags.contrast import patch_contrast
 from repro.methods.image_tags.losses import balanced_cross_entropy
 from repro.methods.image_tags.steps import TagMethod, View, tag_terms
 from repro.methods.image_tags.trunk import Trunk
+from repro.recipe import TagRecipe
 from repro.settings import check, hyper
 from repro.train import Items, Losses, Now
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from repro.data.mask_views import MaskViews
-from repro.experiment import TagRecipe, scales_of
 from repro.methods.image_tags import contrast, losses, regions
 from repro.methods.image_tags.pcre_network import AUX, CAM, PROTOTYPES, REGIONS, PCRENetwork
 from repro.methods.image_tags.steps import TagMethod, View, tag_terms
+from repro.recipe import TagRecipe, scales_of
 from repro.settings import SettingError, check, hyper
 from repro.train import Items, Losses, Now
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from repro.cam import bilinear, multi_scale_cam, widened
-from repro.experiment import scales_of
 from repro.methods.image_tags import contrast, losses, regions
 from repro.methods.image_tags.trunk import Trunk
 from repro.models.vit import Layout, PatchEmbed, Tokens, ViT, resized, to_map
+from repro.recipe import scales_of
 
 CAM, AUX, PROTOTYPES, REGIONS = "cam", "aux", "prototypes", "regions"
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from repro.cam import bilinear, cam_labels, refined_labels, widened
 from repro.data.mask_views import Crop, MaskViews
-from repro.experiment import TagRecipe
 from repro.methods.image_tags.losses import balanced_cross_entropy, dense_energy, tag_loss
 from repro.methods.image_tags.trunk import Prediction
+from repro.recipe import TagRecipe
 from repro.train import Items, Method, Now
 
 FAST = {"classifier", "classifier_aux", "head", "projection"}  # parts of a parameter's name

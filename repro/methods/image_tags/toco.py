@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repro.data.mask_views import MaskViews
-from repro.experiment import TagRecipe
 from repro.methods.image_tags.contrast import crop_contrast, patch_contrast
 from repro.methods.image_tags.crops import choose_crops, confidence_levels, cut
 from repro.methods.image_tags.steps import TagMethod, View, tag_terms
 from repro.methods.image_tags.trunk import Trunk
+from repro.recipe import TagRecipe
 from repro.settings import SettingError, check, hyper
 from repro.train import Items, Losses, Now
 

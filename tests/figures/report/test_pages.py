@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from figures.report import pages
-from repro.papers import PAPERS
+from repro.grid import PAPERS
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -14,10 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from figures import agreement, exchange, report
-from figures.committed import numbers_of, save
 from figures.report import content, pages
 from repro import runs
 from repro.batch import local
+from repro.batch.records import numbers_of, save
 from repro.experiment import Experiment
 from repro.papers import PAPERS, commatch, csl, pcre, trust_region
 from tests.fake_mask_runs import write_mask_run

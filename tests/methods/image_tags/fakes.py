@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from repro.data.mask_views import TAGS, MaskViews
-from repro.experiment import TagRecipe
 from repro.models.vit import Layout, ViT
+from repro.recipe import TagRecipe
 from repro.train import Items, Now
 
 SIDE, CLASSES, STEPS = 16, 3, 100

@@ -8,13 +8,13 @@ a table; a `Claim` is a sentence that two rows decide. Nothing here runs or read
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from repro.experiment import SCALES, Experiment
+from repro.experiment import Experiment
+from repro.papers import SPECS, Spec
+from repro.papers.published import LABELS, Published, Reference
+from repro.recipe import SCALES
 from repro.settings import SettingError, unknown
-
-if TYPE_CHECKING:  # papers import this module
-    from repro.papers.published import Published, Reference
 
 # Accuracy is never shown without calibration, nor calibration without its bins.
 CALIBRATED = ("error", "ece_15", "ece_10_left", "nll", "brier")
@@ -24,8 +24,6 @@ TITLES = {"fashion": "Fashion-MNIST part", "cifar10": "CIFAR-10", "cifar100": "C
           "svhn_extra": "SVHN with extra", "stl10": "STL-10", "scenes": "Fashion scenes", "voc": "Pascal VOC 2012",
           "cityscapes": "Cityscapes", "coco2017": "COCO", "coco2014": "COCO 2014"}  # fmt: skip
 EMBEDDED = ("fashion", "scenes")  # in the package: what small scales use
-LABELS, MASKS, TAGS = "{} labels", "{} masks", "{} tagged images"  # how a budget is said, by kind of supervision
-SCRIBBLES = "scribble length {} %"  # every image has its scribbles
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class Column:
 
 def place(experiment: Experiment) -> Column:
     """Where an experiment stands in a table of its paper."""
-    from repro.papers import PAPERS
-
-    return Column(experiment.data, experiment.labels, PAPERS[experiment.paper].BUDGET)
+    return Column(experiment.data, experiment.labels, SPECS[experiment.paper].supervision.budget)
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,8 @@ class Table:
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
     small: tuple[Column, ...]
-    published: tuple["Published", ...] = ()
-    references: tuple["Reference", ...] = ()
+    published: tuple[Published, ...] = ()
+    references: tuple[Reference, ...] = ()
     metrics: tuple[str, ...] = CALIBRATED
     note: str = ""
     varies: bool = False
@@ -122,28 +118,6 @@ class Table:
                 raise unknown(f"row of {self.name}", label, labels)
         chosen = tuple(row for row in self.rows if row.label in kept)
         return dataclasses.replace(self, rows=chosen, small=self.small if small is None else tuple(small))
-
-
-def ablation(
-    name: str,
-    title: str,
-    paper: str,
-    base: str,
-    variations: Sequence[tuple[str, Mapping[str, Any]]],
-    columns: tuple[Column, ...],
-    small: tuple[Column, ...],
-    **more: Any,
-) -> Table:
-    """An ablation is a table whose rows are one method under changed parameters.
-
-    base: the method. variations: (label, overrides), the unchanged method usually first; the key `method` in
-    the overrides names another method. more: further fields of `Table`.
-    """
-    rows = []
-    for label, overrides in variations:
-        settings = {key: value for key, value in overrides.items() if key != "method"}
-        rows.append(Row(label, overrides.get("method", base), settings, published=(label,)))
-    return Table(name, title, paper, tuple(rows), columns, small, **more, varies=True)
 
 
 def experiment(paper: str, row: Row, column: Column, scale: str, seed: int) -> Experiment:
@@ -189,7 +163,7 @@ class Claim:
     small: Column
     direction: str = "lower"
     margin: float = 0.0
-    published: "Published | None" = None
+    published: Published | None = None
 
     def __post_init__(self):
         if self.direction not in DIRECTIONS:
@@ -215,3 +189,122 @@ class Claim:
     def experiments(self, scale: str = "mini", seeds: Sequence[int] = (0, 1)) -> list[Experiment]:
         """Every experiment that decides the claim, seed by seed."""
         return [item for seed in checked_seeds(seeds) for item in self.pair(scale, seed) if item is not None]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper with its tables, ablations and claims by name; everything else is in `spec`."""
+
+    spec: Spec
+    tables: Mapping[str, Table]
+    ablations: Mapping[str, Table]
+    claims: Mapping[str, Claim]
+
+    def __getattr__(self, name: str) -> Any:
+        names = {"BUDGET": "budget", "TITLE": "title"}
+        if name in ("TABLES", "ABLATIONS", "CLAIMS"):
+            return getattr(self, name.lower())
+        if name == "BUDGET":
+            return self.spec.supervision.budget
+        return getattr(self.spec, names.get(name, name.lower()))
+
+    def main_experiments(self, scale: str = "mini", seeds: Sequence[int] = (0, 1)) -> list[Experiment]:
+        """What the main job runs: a few rows of the first table, seed by seed, the cheapest method first."""
+        main = self.spec.tables["main"]
+        columns = _columns(main["columns"] if scale == "paper" else main["small"], self.spec)
+        rows = [_row(self.spec, name) for name in main["rows"]]
+        return [
+            experiment(self.spec.name, row, column, scale, seed)
+            for seed in checked_seeds(seeds)
+            for column in columns
+            for row in rows
+        ]
+
+
+def _columns(budgets: Mapping[str, Sequence[int]], spec: Spec) -> tuple[Column, ...]:
+    words = spec.supervision.budget
+    return tuple(Column(data, labels, words) for data, several in budgets.items() for labels in several)
+
+
+def _row(spec: Spec, name: str) -> Row:
+    """A row of the file's `rows` by name."""
+    fields = spec.tables["rows"][name]
+    published, labels = tuple(fields.get("published", ())), fields.get("labels")
+    return Row(fields["label"], fields["method"], fields.get("set", {}), published, labels)
+
+
+def _table(spec: Spec, fields: Mapping[str, Any], varies: bool) -> Table:
+    """A table, or an ablation, whose rows are [label, changed settings, what the paper prints (default: label)]."""
+    if varies:
+        base = spec.tables["main"]["varied"]
+        rows = tuple(
+            Row(
+                label,
+                changes.get("method", base),
+                {name: value for name, value in changes.items() if name != "method"},
+                tuple(printed) or (label,),
+            )
+            for label, changes, *printed in fields["rows"]
+        )
+    else:
+        rows = tuple(_row(spec, name) for name in fields["rows"])
+    references = tuple(Reference(**reference) for reference in fields.get("references", ()))
+    return Table(
+        fields["name"],
+        fields["title"],
+        spec.name,
+        rows,
+        _columns(fields["columns"], spec),
+        _columns(fields["small"], spec),
+        spec.published if references else (),
+        references,
+        tuple(fields["metrics"]),
+        fields.get("note", ""),
+        varies,
+    )
+
+
+def _claims(spec: Spec, ablations: Mapping[str, Table]) -> Iterable[Claim]:
+    """Claims in the file's order; those with several columns once for each, all claims of a column together."""
+
+    def side(name: str | list[str] | None) -> Row | None:
+        if isinstance(name, list):
+            return next(row for row in ablations[name[0]].rows if row.label == name[1])
+        return None if name is None else _row(spec, name)
+
+    def claim(fields: Mapping[str, Any], column: Column, small: Column) -> Claim:
+        stated = fields.get("published")
+        return Claim(
+            fields["id"].format(column.labels),
+            fields["text"].format(column.labels),
+            fields["source"],
+            spec.name,
+            side(fields["left"]),
+            side(fields.get("right")),
+            fields["metric"],
+            column,
+            small,
+            fields.get("direction", "lower"),
+            fields.get("margin", 0.0),
+            stated and next(row for row in spec.published if all(getattr(row, k) == v for k, v in stated.items())),
+        )
+
+    several = [
+        list(zip(_columns(fields["column"], spec), _columns(fields["small"], spec), strict=True))
+        for fields in spec.tables["claims"]
+    ]
+    for at in range(max(map(len, several))):
+        for fields, places in zip(spec.tables["claims"], several, strict=True):
+            if at < len(places):
+                yield claim(fields, *places[at])
+
+
+def _paper(spec: Spec) -> Paper:
+    tables, ablations = (
+        {fields["name"]: _table(spec, fields, varies) for fields in spec.tables[key]}
+        for key, varies in (("tables", False), ("ablations", True))
+    )
+    return Paper(spec, tables, ablations, {claim.id: claim for claim in _claims(spec, ablations)})
+
+
+PAPERS = {name: _paper(spec) for name, spec in SPECS.items()}
