@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from repro.experiment import Experiment
 from repro.files import atomic_path
-from repro.grid import LABELS, PAPERS, TITLES
+from repro.grid import PAPERS, TITLES
+from repro.papers.published import LABELS
 
 DPI = 120
 PALETTE = [tuple(round(part, 4) for part in colour) for colour in sns.color_palette("colorblind")]

@@ -18,8 +18,9 @@ from repro.data.masks import IGNORE, draw_masks, show_tags, tags_of
 from repro.data.scenes import scenes
 from repro.data.scribbles import draw_scribbles
 from repro.experiment import Experiment, resolve, run_id
-from repro.grid import LABELS, MASKS, PAPERS, SCRIBBLES, TAGS, Column, experiment, place
+from repro.grid import PAPERS, Column, experiment, place
 from repro.measure.metrics import METRICS
+from repro.papers.published import LABELS, MASKS, SCRIBBLES, TAGS
 from repro.runs import folder_of, is_finished, load_metrics
 
 KINDS = {MASKS: "few masks", TAGS: "image tags", SCRIBBLES: "scribbles"}  # by how a paper states its budget

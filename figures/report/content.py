@@ -15,8 +15,9 @@ from figures.report import across, pages
 from repro import runs
 from repro.batch import local, plan
 from repro.experiment import Experiment, from_record
-from repro.grid import LABELS, PAPERS, place
+from repro.grid import PAPERS, place
 from repro.measure.metrics import METRICS, sentence
+from repro.papers.published import LABELS
 from repro.settings import SettingError
 
 # Paper -> its figures: (scale, seeds, folder of runs) -> those that its finished runs can draw.

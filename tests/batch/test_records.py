@@ -31,7 +31,7 @@ def test_there_is_a_row_a_run_and_none_for_a_run_that_did_not_finish(tmp_path):
     _, path = write(tmp_path, [FIXMATCH, missing], {FIXMATCH: {}})
     assert len(records.load_runs(path)) == 1 and set(records.load_runs(path)["seed"]) == {"0"}
     numbers = pd.read_csv(records.numbers_of(path))
-    assert not numbers.duplicated(committed.KEY).any() and set(numbers["run"]) == set(records.load_runs(path)["run"])
+    assert not numbers.duplicated(records.KEY).any() and set(numbers["run"]) == set(records.load_runs(path)["run"])
 
 
 def test_an_undefined_metric_is_not_an_absent_one(tmp_path):

@@ -20,8 +20,8 @@ from figures.claims import (
     sign_flip_test,
 )
 from repro.files import save_state
-from repro.grid import MASKS, PAPERS, Claim, Column, Row
-from repro.papers.published import Published
+from repro.grid import PAPERS, Claim, Column, Row
+from repro.papers.published import MASKS, Published
 from repro.runs import folder_of
 from repro.settings import SettingError
 from tests.fake_mask_runs import write_mask_run

@@ -13,7 +13,8 @@ from figures.plane import class_colours
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment
 from repro.files import save_state, write_json
-from repro.grid import MASKS, PAPERS, Column
+from repro.grid import PAPERS, Column
+from repro.papers.published import MASKS
 from repro.runs import folder_of, load_history, load_metrics, load_outputs
 from repro.settings import SettingError
 from tests.fake_mask_runs import EDGES, STEPS, write_mask_run

@@ -11,10 +11,10 @@ import pytest
 from figures import tables
 from figures.tables import Summary, collect, compare, layout, notes, published_grid, show, summarise
 from repro.files import CorruptFile, read_json, write_json
-from repro.grid import CALIBRATED, MASKED, MASKS, PAPERS, Column, Row, Table
+from repro.grid import CALIBRATED, MASKED, PAPERS, Column, Row, Table
 from repro.measure.calibration import all_metrics
 from repro.measure.metrics import METRICS
-from repro.papers.published import Published, Reference
+from repro.papers.published import MASKS, Published, Reference
 from repro.runs import folder_of
 from repro.settings import SettingError
 from repro.tasks import monitors

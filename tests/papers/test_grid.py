@@ -1,7 +1,8 @@
 import pytest
 
 from repro.experiment import Experiment, run_id
-from repro.grid import EMBEDDED, MASKS, PAPERS, TAGS, TITLES, Claim, Column, Row, Table, ablation, checked_seeds, place
+from repro.grid import EMBEDDED, PAPERS, TITLES, Claim, Column, Row, Table, ablation, checked_seeds, place
+from repro.papers.published import MASKS, TAGS
 from repro.settings import SettingError
 
 PAPER, SMALL = (Column("cifar10", 40),), (Column("fashion", 100), Column("fashion", 250))

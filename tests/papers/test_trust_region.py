@@ -4,11 +4,11 @@ import pytest
 
 from figures.tables import incomparable, published_grid
 from repro.experiment import resolve, run_id
-from repro.grid import EMBEDDED, SCRIBBLES, Column, experiment, place
+from repro.grid import EMBEDDED, Column, experiment, place
 from repro.measure.metrics import METRICS
 from repro.methods.scribbles.lengths import PUBLISHED as TUNED
 from repro.papers import trust_region
-from repro.papers.published import NOT_AVAILABLE, lookup
+from repro.papers.published import NOT_AVAILABLE, SCRIBBLES, lookup
 from repro.recipe import SCALES
 
 TABLES = [*trust_region.TABLES.values(), *trust_region.ABLATIONS.values()]

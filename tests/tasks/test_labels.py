@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from repro.data import catalogue
 from repro.data.augment import Views
 from repro.experiment import Experiment, resolve
+from repro.grid import PAPERS
 from repro.methods.few_labels import METHODS
 from repro.optimisation import Ema
-from repro.papers import PAPERS, commatch
 from repro.randomness import seed_everything
 from repro.settings import SettingError
 from repro.tasks import labels as task

@@ -15,7 +15,7 @@ from repro.data.masks import IGNORE
 from repro.data.scenes import scenes
 from repro.data.scribbles import scribbles_of
 from repro.experiment import Experiment, run_id
-from repro.papers import PAPERS, calibratemix, commatch, csl, pcre, trust_region
+from repro.grid import PAPERS
 from repro.runs import folder_of
 from repro.settings import SettingError
 from tests.fake_mask_runs import write_mask_run

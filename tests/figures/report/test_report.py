@@ -19,7 +19,7 @@ from repro import runs
 from repro.batch import local
 from repro.batch.records import numbers_of, save
 from repro.experiment import Experiment
-from repro.papers import PAPERS, commatch, csl, pcre, trust_region
+from repro.grid import PAPERS
 from tests.fake_mask_runs import write_mask_run
 from tests.fake_runs import METRICS, write_run
 from tests.fake_scribble_runs import write_scribble_run
