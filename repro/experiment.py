@@ -53,7 +53,21 @@ class Experiment:
             raise SettingError(f"overrides is {self.overrides!r}; it must be a dict or pairs of name, value") from error
         object.__setattr__(self, "overrides", tuple(sorted(overrides.items())))
         paper.supervision.check_budget(self.data, self.labels)
-        resolve(self)
+        object.__setattr__(self, "recipe", self._resolved())  # once an experiment
+
+    def _resolved(self) -> Recipe:
+        """The paper's recipe, then the overrides. Raises SettingError naming what exists."""
+        recipe = SPECS[self.paper].recipe(self.method, self.data, self.labels, self.scale)
+        of_recipe = {field.name for field in dataclasses.fields(recipe)} - {"method"}
+        of_method = {field.name for field in dataclasses.fields(recipe.method)}
+        for name, _ in self.overrides:
+            if name not in of_recipe | of_method:
+                raise unknown(f"setting of {self.method}", name, of_recipe | of_method)
+        changes = dict(self.overrides)
+        method = replace(recipe.method, **{k: v for k, v in changes.items() if k in of_method})
+        recipe = replace(recipe, method=method, **{k: v for k, v in changes.items() if k in of_recipe})
+        SPECS[self.paper].supervision.check_recipe(recipe)
+        return recipe
 
     @property
     def split(self) -> str:
@@ -69,19 +83,8 @@ class Experiment:
 
 
 def resolve(experiment: Experiment) -> Recipe:
-    """The experiment's complete recipe: the paper's, then the overrides. Raises SettingError naming what exists."""
-
-    recipe = SPECS[experiment.paper].recipe(experiment.method, experiment.data, experiment.labels, experiment.scale)
-    of_recipe = {field.name for field in dataclasses.fields(recipe)} - {"method"}
-    of_method = {field.name for field in dataclasses.fields(recipe.method)}
-    for name, _ in experiment.overrides:
-        if name not in of_recipe | of_method:
-            raise unknown(f"setting of {experiment.method}", name, of_recipe | of_method)
-    changes = dict(experiment.overrides)
-    method = replace(recipe.method, **{k: v for k, v in changes.items() if k in of_method})
-    recipe = replace(recipe, method=method, **{k: v for k, v in changes.items() if k in of_recipe})
-    SPECS[experiment.paper].supervision.check_recipe(recipe)
-    return recipe
+    """The experiment's complete recipe."""
+    return experiment.recipe
 
 
 def record(experiment: Experiment) -> dict:

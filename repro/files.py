@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and nested training state in one safetensors file.
+"""Files of a run, whole or absent: atomic writes, training state in one safetensors file, the history.
 
 A checkpoint holds every tensor of a nested state plus a JSON skeleton with the plain values, and a digest of both,
 so that a truncated or altered file is named instead of loaded. No pickle is ever read.
@@ -115,3 +115,48 @@ def _digest(tensors: dict[str, torch.Tensor], skeleton: str) -> str:
         digest.update(f"{key}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+HISTORY = "history.jsonl"
+
+
+class History:
+    """Rows of `history.jsonl` in a run folder.
+
+    `kind` is `train` (means of loss terms, learning rate, pseudo-label quality, rate since the last row) or
+    `evaluation` (metrics of the live and the EMA weights). Each row carries `step`, the steps done when it was made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = Path(folder) / HISTORY
+        self.rows: list[dict] = list(_read(self.path)) if self.path.exists() else []
+
+    def append(self, row: dict) -> None:
+        """Append one row and flush it."""
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def truncate(self, step: int) -> None:
+        """Drop rows made after `step`: those of the steps that a resumed run repeats."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def of(self, kind: str) -> list[dict]:
+        """The rows of one kind, in order."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+
+def _read(path: Path) -> Iterator[dict]:
+    """Rows of a history file. A last line cut short by a kill is dropped; any other bad line is an error."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines) - 1:
+                return
+            raise CorruptFile(f"{path}, line {number + 1}, is not JSON ({error})") from error

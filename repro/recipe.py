@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from repro import optimisation
 from repro.settings import SettingError, check, hyper
+from repro.train import OPTIMISERS, SCHEDULES
 
 SCALES = ("tiny", "mini", "paper")
 
@@ -35,12 +35,12 @@ class Recipe:
     # optimisation
     steps: int = hyper(2**20, source="FixMatch; of each stage", low=1)
     epoch_steps: int = hyper(1024, source="USB calls this an epoch", low=1)
-    optimiser: str = hyper("sgd", choices=optimisation.OPTIMISERS)
+    optimiser: str = hyper("sgd", choices=OPTIMISERS)
     lr: float = hyper(0.03, "eta", source="FixMatch", low=0)
     momentum: float = hyper(0.9, "beta", source="FixMatch", low=0, high=1)
     nesterov: bool = hyper(True, source="FixMatch")
     weight_decay: float = hyper(5e-4, source="FixMatch; 1e-3 on CIFAR-100; none on BN and biases", low=0)
-    schedule: str = hyper("cosine-7/16", source="FixMatch", choices=optimisation.SCHEDULES)
+    schedule: str = hyper("cosine-7/16", source="FixMatch", choices=SCHEDULES)
     warmup_steps: int = hyper(0, low=0)
     ema: float = hyper(0.999, source="FixMatch", low=0, high=1)
     # measurement
@@ -134,7 +134,7 @@ class ScribbleRecipe(Recipe):
     lr: float = hyper(0.007, "eta", source="rloss; assumed of the first stage. Methods say their share later", low=0)
     nesterov: bool = hyper(False, source="released code")
     weight_decay: float = hyper(5e-4, source="released code; on everything", low=0)
-    schedule: str = hyper("poly-0.9", source="released code", choices=optimisation.SCHEDULES)
+    schedule: str = hyper("poly-0.9", source="released code", choices=SCHEDULES)
     ema: float = hyper(0.0, source="released code", low=0, high=1)
     output_stride: int = hyper(16, source="released code. resnet-mini, half the strides, has half", choices=(8, 16))
     weights: str = hyper("pretrained", source="ImageNet, or a stand-in at mini; `scratch`, a file or a hub id")

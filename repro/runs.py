@@ -26,14 +26,12 @@ import torch
 from safetensors.torch import save_file
 
 from repro.experiment import Experiment, record, resolve, run_id
-from repro.files import CorruptFile, atomic_path, load_state, read_json, save_state, write_json
+from repro.files import CorruptFile, History, atomic_path, load_state, read_json, save_state, write_json
 from repro.grid import PAPERS
-from repro.history import History
-from repro.randomness import seed_everything
 from repro.recipe import Recipe
 from repro.settings import SettingError
 from repro.tasks import monitors
-from repro.train import CHECKPOINT, MOMENTS, Interrupted, train
+from repro.train import CHECKPOINT, MOMENTS, Interrupted, seed_everything, train
 
 PACKAGES = ("torch", "numpy", "pandas", "datasets", "pyarrow", "scipy", "pillow", "safetensors")
 

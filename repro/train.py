@@ -7,6 +7,9 @@ and interruption are the loop's.
 """
 
 import contextlib
+import copy
+import math
+import random
 import signal
 import threading
 import time
@@ -19,12 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repro import optimisation
 from repro.arrays import Items, PixelLabels, PseudoLabels
-from repro.files import load_state, save_state
-from repro.history import History
-from repro.randomness import hash_seed, random_states, restore_random_states
+from repro.files import History, load_state, save_state
 
+SCHEDULES = ("constant", "cosine-7/16", "poly-0.9", "warmup-poly-0.9")
+OPTIMISERS = ("sgd", "adamw")
 CHECKPOINT, MOMENTS = "checkpoint.safetensors", "moments"
 MOMENTS_KEPT = 10
 
@@ -93,7 +95,7 @@ class Method(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Groups with `params`, `weight_decay`, `lr_factor`. Default: no decay on normalisation and biases."""
-        return optimisation.parameter_groups(self.network, weight_decay)
+        return parameter_groups(self.network, weight_decay)
 
 
 class Monitor(Protocol):
@@ -233,10 +235,8 @@ class _Loop:
             method.begin_stage(self.stage, self.pool)
         method.train()
         groups = method.parameter_groups(recipe.weight_decay)
-        self.optimiser = optimisation.make_optimiser(
-            recipe.optimiser, groups, recipe.lr, recipe.momentum, recipe.nesterov
-        )
-        self.ema = optimisation.Ema(method.network, recipe.ema)
+        self.optimiser = make_optimiser(recipe.optimiser, groups, recipe.lr, recipe.momentum, recipe.nesterov)
+        self.ema = Ema(method.network, recipe.ema)
         if recipe.compile and method.network._compiled_call_impl is None:
             method.network.compile(dynamic=False)
         self.streams = {
@@ -256,7 +256,7 @@ class _Loop:
         values = list(losses.terms.values())
         loss = torch.stack([value.float() for value in values]).sum()
         loss.backward()
-        factor = optimisation.schedule_factor(recipe.schedule, self.step, steps, recipe.warmup_steps)
+        factor = schedule_factor(recipe.schedule, self.step, steps, recipe.warmup_steps)
         for group in self.optimiser.param_groups:
             group["lr"] = recipe.lr * factor * group["lr_factor"]
         self.optimiser.step()
@@ -385,3 +385,120 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+# Optimisation
+
+
+def schedule_factor(name: str, step: int, steps: int, warmup: int = 0) -> float:
+    """Factor on the learning rate at `step` (0-based) of `steps`.
+
+    name: `cosine-7/16` = max(0, cos(7 pi s / 16 S)) (FixMatch; .19509 at the end), `poly-0.9` = (1 - s/S)^.9
+    (DeepLab), `warmup-poly-0.9` = linear from 0 over `warmup` steps, then poly (ViT segmentation), `constant`.
+    """
+    if name == "cosine-7/16":
+        return max(0.0, math.cos(7 * math.pi * step / (16 * steps)))
+    if name == "warmup-poly-0.9" and step < warmup:
+        return (step + 1) / warmup
+    if name in ("poly-0.9", "warmup-poly-0.9"):
+        return (1 - step / steps) ** 0.9
+    if name == "constant":
+        return 1.0
+    raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: weights decayed; biases and normalisation parameters (all of one dimension) not decayed."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay, "lr_factor": 1.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr_factor": 1.0},
+    ]
+
+
+def make_optimiser(
+    name: str, groups: list[dict], lr: float, momentum: float = 0.9, nesterov: bool = True
+) -> torch.optim.Optimizer:
+    """SGD (momentum, Nesterov) or AdamW over `groups`, each with its `lr_factor`; fused on CUDA, foreach elsewhere."""
+    groups = [group for group in groups if group["params"]]
+    on_cuda = groups[0]["params"][0].is_cuda
+    speed = {"fused": True} if on_cuda else {"foreach": True}
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, **speed)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, **speed)
+    raise ValueError(f"unknown optimiser {name!r}; known: {', '.join(OPTIMISERS)}")
+
+
+class Ema:
+    """Exponential moving average of a network: parameters averaged, buffers (BN statistics) copied.
+
+    theta' <- decay * theta' + (1 - decay) * theta after each step, without bias correction (FixMatch, TorchSSL, USB).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._pair(network)
+
+    def _pair(self, network: nn.Module) -> None:
+        self._shadow: list[Tensor] = list(self.network.parameters())
+        self._live: list[Tensor] = list(network.parameters())
+        self._shadow_buffers = list(self.network.buffers())
+        self._live_buffers = list(network.buffers())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One averaging step; no host synchronisation."""
+        torch._foreach_lerp_(self._shadow, self._live, 1 - self.decay)
+        if self._live_buffers:
+            torch._foreach_copy_(self._shadow_buffers, self._live_buffers)
+
+
+# Randomness: seeds of streams, and every random state that training draws from, for checkpoints
+
+
+def hash_seed(seed: int, stage: int, name: str) -> int:
+    """A seed for one stream, the same on every platform."""
+    entropy = [seed, stage, *name.encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch (all devices), numpy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (third-party code may draw from it)
+    random.seed(seed)
+
+
+def random_states(generators: dict[str, torch.Generator]) -> dict:
+    """Every random state that training can draw from, as tensors and plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": {
+            "name": name,
+            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "generators": {key: generator.get_state() for key, generator in generators.items()},
+    }
+
+
+def restore_random_states(state: dict, generators: dict[str, torch.Generator]) -> None:
+    """The inverse of `random_states`."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    saved = state["numpy"]
+    keys = saved["keys"].cpu().numpy().astype(np.uint32)
+    np.random.set_state((saved["name"], keys, saved["position"], saved["has_gauss"], saved["cached"]))  # noqa: NPY002
+    saved = state["python"]
+    random.setstate((saved["version"], tuple(saved["words"].tolist()), saved["gauss"]))
+    for key, generator in generators.items():
+        generator.set_state(state["generators"][key].cpu())

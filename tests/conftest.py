@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from repro.randomness import seed_everything
+from repro.train import seed_everything
 
 # Examples follow from the test alone, so a failure in CI is the same failure at a desk; no example is timed.
 settings.register_profile("repro", deadline=None, derandomize=True, database=None)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -157,9 +156,7 @@ def test_the_id_can_be_a_folder_and_says_what_it_is():
 
 
 def test_papers_share_runs_of_equal_recipes(monkeypatch):
-    other = ModuleType("other")
-    other.__dict__.update(papers.PAPERS["commatch"].__dict__)
-    monkeypatch.setitem(papers.PAPERS, "other", other)
+    monkeypatch.setitem(papers.SPECS, "other", papers.SPECS["commatch"])
     assert run_id(dataclasses.replace(BASE, paper="other")) == run_id(BASE)
     assert BASE.split == "fashion.0@100"
 

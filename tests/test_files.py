@@ -82,7 +82,7 @@ def test_saving_copies_so_later_steps_cannot_reach_the_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_an_optimiser_continues_from_its_file(tmp_path, name):
-    from repro.optimisation import make_optimiser, parameter_groups
+    from repro.train import make_optimiser, parameter_groups
 
     def stepped(network, optimiser, steps):
         for _ in range(steps):

@@ -2,8 +2,7 @@
 
 import pytest
 
-from repro.files import CorruptFile
-from repro.history import FILE, History
+from repro.files import HISTORY, CorruptFile, History
 
 ROWS = [
     {"kind": "train", "step": 2, "terms": {"supervised": 0.1}},
@@ -24,7 +23,7 @@ def history(tmp_path):
 def test_rows_are_on_disk_at_once_and_in_order(history, tmp_path):
     assert History(tmp_path / "run").rows == history.rows == ROWS
     assert history.of("train") == [ROWS[0], ROWS[2], ROWS[3]] and history.of("none") == []
-    assert (tmp_path / "run" / FILE).read_text().count("\n") == 4
+    assert (tmp_path / "run" / HISTORY).read_text().count("\n") == 4
 
 
 def test_a_folder_without_history_has_no_rows_and_is_not_made(tmp_path):
@@ -39,7 +38,7 @@ def test_truncate_keeps_rows_up_to_a_step(history, tmp_path, step, left):
 
 
 def test_appending_continues_after_truncating_a_row_cut_by_a_kill(history, tmp_path):
-    path = tmp_path / "run" / FILE
+    path = tmp_path / "run" / HISTORY
     whole = path.read_text()
     for length in range(1, len(whole.splitlines()[3])):
         path.write_text(whole[: -length - 1])
@@ -51,7 +50,7 @@ def test_appending_continues_after_truncating_a_row_cut_by_a_kill(history, tmp_p
 
 
 def test_any_other_bad_line_is_named(history, tmp_path):
-    path = tmp_path / "run" / FILE
+    path = tmp_path / "run" / HISTORY
     path.write_text(path.read_text().replace('"step": 4', '"step" 4'))
     with pytest.raises(CorruptFile, match=r"history.jsonl, line 3, is not JSON"):
         History(tmp_path / "run")

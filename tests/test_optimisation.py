@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from repro.models.wide_resnet import wide_resnet
-from repro.optimisation import OPTIMISERS, SCHEDULES, Ema, make_optimiser, parameter_groups, schedule_factor
+from repro.train import OPTIMISERS, SCHEDULES, Ema, make_optimiser, parameter_groups, schedule_factor
 
 
 def test_cosine_runs_from_one_to_the_published_end():

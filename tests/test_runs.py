@@ -17,8 +17,7 @@ from repro import files, runs
 from repro.data import catalogue
 from repro.data.augment import Views
 from repro.experiment import Experiment, record, resolve, run_id
-from repro.files import CorruptFile
-from repro.history import History
+from repro.files import CorruptFile, History
 from repro.models.wide_resnet import wide_resnet
 from repro.runs import RunBusy, execute
 from repro.settings import SettingError

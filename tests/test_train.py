@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repro.files import CorruptFile, load_state
-from repro.history import History
-from repro.randomness import hash_seed, seed_everything
+from repro.files import CorruptFile, History, load_state
 from repro.train import (
     CHECKPOINT,
     MOMENTS,
@@ -25,6 +23,8 @@ from repro.train import (
     Losses,
     Method,
     NonFiniteLoss,
+    hash_seed,
+    seed_everything,
     train,
 )
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repro import optimisation
+from repro import train as optimisation
 from repro.data.augment import Views
 from repro.models.wide_resnet import wide_resnet
 

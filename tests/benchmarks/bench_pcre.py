@@ -21,11 +21,9 @@ from repro.methods.image_tags import METHODS, regions
 from repro.methods.image_tags.losses import refine_loss
 from repro.methods.image_tags.pcre_network import RegionDecoder
 from repro.models.vit import LAYOUTS
-from repro.optimisation import make_optimiser
-from repro.randomness import seed_everything
 from repro.recipe import TagRecipe
 from repro.tasks import tags as task
-from repro.train import Items, Now
+from repro.train import Items, Now, make_optimiser, seed_everything
 
 STEPS, STAGES = 100, {"warm-up": 5, "masks learn": 25, "masks are mixed in": 60}
 CASES = {

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from repro import optimisation
+from repro import train as optimisation
 from repro.experiment import Experiment, resolve
-from repro.randomness import seed_everything
 from repro.tasks import labels as tasks
-from repro.train import train
+from repro.train import seed_everything, train
 
 
 def loop_seconds(experiment: Experiment, steps: int) -> float:

@@ -12,12 +12,10 @@ from repro.data.augment import Views
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS
 from repro.methods.few_labels import METHODS
-from repro.optimisation import Ema
-from repro.randomness import seed_everything
 from repro.settings import SettingError
 from repro.tasks import labels as task
 from repro.tasks.monitors import predict
-from repro.train import Items, Now, train
+from repro.train import Ema, Items, Now, seed_everything, train
 from tests.data.fixtures import small
 
 ROWS = {"cifar10": (40, 20), "cifar100": (200, 100), "svhn": (40, 20)}

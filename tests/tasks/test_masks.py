@@ -19,15 +19,14 @@ from repro.data.masks_sources import MaskFolder, open_masks
 from repro.data.pools import draw_folder
 from repro.data.scenes import scenes
 from repro.experiment import Experiment, resolve
-from repro.history import History
+from repro.files import History
 from repro.measure.segmentation import sliding_window, whole_image
 from repro.methods.few_masks import METHODS
 from repro.models.pretrained import WeightsError
-from repro.randomness import seed_everything
 from repro.runs import execute, folder_of, load_history, load_metrics, load_moments, load_outputs
 from repro.settings import SettingError
 from repro.tasks import masks as task
-from repro.train import CHECKPOINT, Interrupted, Items, Now
+from repro.train import CHECKPOINT, Interrupted, Items, Now, seed_everything
 from tests.data import mask_fixtures
 from tests.data.mask_fixtures import mask_of, name_of, size_of, small_cityscapes, small_voc
 from tests.tasks.test_labels import NoWaiting

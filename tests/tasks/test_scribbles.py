@@ -22,12 +22,11 @@ from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS
 from repro.methods.scribbles import METHODS, settings_for
 from repro.models.pretrained import WeightsError
-from repro.randomness import seed_everything
 from repro.recipe import ScribbleRecipe
 from repro.runs import execute, folder_of, load_history, load_metrics, load_moments, load_outputs
 from repro.settings import SettingError
 from repro.tasks import scribbles as task
-from repro.train import CHECKPOINT, Interrupted, Items, Now
+from repro.train import CHECKPOINT, Interrupted, Items, Now, seed_everything
 from tests.data.mask_fixtures import mask_of, name_of, size_of
 from tests.data.test_scribbles import write_scribbles
 from tests.tasks.test_labels import NoWaiting

@@ -17,19 +17,18 @@ from repro.data.catalogue import DataError
 from repro.data.masks import choose, tags_of
 from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.scenes import scenes
-from repro.history import History
+from repro.files import History
 from repro.measure.segmentation import confusion, iou, mean_iou
 from repro.methods.image_tags import METHODS
 from repro.methods.image_tags.regions import refined_regions, shown_classes
 from repro.models.pretrained import WeightsError
 from repro.models.vit import DILATIONS
-from repro.randomness import seed_everything
 from repro.recipe import TagRecipe
 from repro.runs import load_moments
 from repro.settings import SettingError
 from repro.tasks import tags as task
 from repro.tasks.tags import cam_report, prepare, spread, thresholds
-from repro.train import Interrupted, Items, Now, train
+from repro.train import Interrupted, Items, Now, seed_everything, train
 from tests.data import mask_fixtures
 from tests.data.mask_fixtures import mask_of, name_of, size_of, small_voc, tag_coco, tag_voc, tags_of_number
 from tests.methods.image_tags.fakes import gradients

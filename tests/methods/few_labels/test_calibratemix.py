@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from repro.methods.few_labels import calibratemix
 from repro.methods.few_labels.calibratemix import BASES, CalibrateMix, CalibrateMixSettings, scores
 from repro.methods.few_labels.pairing import PAIRINGS, cosine_similarity
-from repro.randomness import seed_everything
 from repro.settings import SettingError
-from repro.train import Interrupted, train
+from repro.train import Interrupted, seed_everything, train
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

@@ -11,7 +11,7 @@ from repro.methods.few_labels.marginmatch import (
     MarginMatchSettings,
     margin_threshold,
 )
-from repro.optimisation import Ema
+from repro.train import Ema
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

@@ -16,7 +16,7 @@ from repro.methods.few_labels.remixmatch import (
     follow,
     rotate,
 )
-from repro.optimisation import Ema
+from repro.train import Ema
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

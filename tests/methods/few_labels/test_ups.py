@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from repro.methods.few_labels.ups import UPS, UPSSettings, balance, batch_shares, reject
-from repro.randomness import seed_everything
-from repro.train import Interrupted, train
+from repro.train import Interrupted, seed_everything, train
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

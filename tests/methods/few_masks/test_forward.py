@@ -13,8 +13,7 @@ from repro.methods.few_masks.fixmatch import FixMatch
 from repro.methods.few_masks.forward import MaskMethod, PixelTargets, detached, threshold_targets
 from repro.methods.few_masks.losses import cross_entropy
 from repro.models.deeplab import deeplab
-from repro.randomness import hash_seed
-from repro.train import IndexStream, Items, Losses, train
+from repro.train import IndexStream, Items, Losses, hash_seed, train
 from tests.methods.few_masks import fakes
 from tests.test_train import ToyRecipe
 

@@ -10,8 +10,8 @@ from repro.methods.image_tags import METHODS
 from repro.methods.image_tags.afa import AFA, AFANetwork, AFASettings
 from repro.methods.image_tags.trunk import Trunk
 from repro.models.vit import vit
-from repro.optimisation import Ema
 from repro.settings import SettingError
+from repro.train import Ema
 from tests.methods.few_labels.test_synchronisation import Watch
 from tests.methods.image_tags.fakes import (
     CLASSES,

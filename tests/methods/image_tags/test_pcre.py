@@ -10,8 +10,8 @@ from repro.cam import refined_labels
 from repro.methods.image_tags import losses, regions
 from repro.methods.image_tags.pcre import PCRE, PCRESettings
 from repro.methods.image_tags.pcre_network import AUX, CAM, PROTOTYPES, REGIONS, PCRENetwork, RegionDecoder
-from repro.optimisation import Ema
 from repro.settings import SettingError
+from repro.train import Ema
 from tests.methods.image_tags.fakes import (
     CLASSES,
     LAYOUT,

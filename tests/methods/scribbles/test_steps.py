@@ -11,9 +11,8 @@ from repro.methods.scribbles import METHODS
 from repro.methods.scribbles.losses import partial_cross_entropy
 from repro.methods.scribbles.steps import BLUR
 from repro.models.deeplab import deeplab
-from repro.randomness import seed_everything
 from repro.settings import SettingError
-from repro.train import train
+from repro.train import seed_everything, train
 from tests.data.test_mask_views import NoHostReads
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import FIRST, SECOND, START, build

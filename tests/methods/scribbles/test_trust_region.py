@@ -11,9 +11,8 @@ from repro.data.mask_views import PADDING
 from repro.methods.scribbles import trust_region as module
 from repro.methods.scribbles.proposals import refresh
 from repro.methods.scribbles.trust_region import RobustTrustRegion, TrustRegion
-from repro.randomness import seed_everything
 from repro.tasks.monitors import PixelMonitor
-from repro.train import Interrupted, train
+from repro.train import Interrupted, seed_everything, train
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, START, build
 from tests.methods.scribbles.test_steps import Short
