@@ -145,7 +145,7 @@ def test_a_disk_that_fills_while_tensors_are_written_is_named(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     code = (
-        "import sys, torch; from pathlib import Path; from repro.checkpoints import save_state\n"
+        "import sys, torch; from pathlib import Path; from repro.files import save_state\n"
         "path = Path(sys.argv[1]) / 'state'; save_state(path, {'x': torch.zeros(9)})\n"
         "try: save_state(path, {'x': torch.zeros(9_999)})\n"
         "except OSError as error: print(error, len(list(path.parent.iterdir())))"

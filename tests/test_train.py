@@ -236,7 +236,7 @@ def test_killed_between_checkpoints_repeats_only_the_steps_since(tmp_path):
         import os, signal, sys
         from pathlib import Path
         from tests.test_train import make
-        from repro.training import train
+        from repro.train import train
         method, pool, recipe, folder, settings = make(Path(sys.argv[1]), "cut")
         original = method.losses
         def losses(batch, now):

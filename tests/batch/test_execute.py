@@ -224,7 +224,7 @@ def test_without_snakemake_the_plain_engine_runs_and_a_profile_says_what_to_inst
 
 def test_a_second_batch_is_told_who_is_busy(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from repro.rerun import alone\n"
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from repro.batch.execute import alone\n"
          "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(tmp_path)],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -240,7 +240,7 @@ def test_one_run_a_gpu(tmp_path):
 
 def test_a_gpu_is_free_when_its_holder_is_killed(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from repro.once import one_gpu\n"
+        "import sys, time; from pathlib import Path; from repro.batch.once import one_gpu\n"
         "with one_gpu(['0'], Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)

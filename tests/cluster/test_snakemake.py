@@ -49,8 +49,8 @@ def test_both_engines_give_the_same_runs(tmp_path):
 BATCH = """
 import sys
 from pathlib import Path
-from repro.plan import plan
-from repro.rerun import rerun
+from repro.batch.plan import plan
+from repro.batch.execute import rerun
 from tests.small_notebooks import TINY
 root, notebooks = map(Path, sys.argv[1:])
 experiments = dict.fromkeys((TINY, TINY.with_(seed=1, steps=5000, eval_every=5000, checkpoint_every=10)), ())
