@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from repro.experiment import Experiment, record, resolve, run_id
 from repro.files import CorruptFile, History, atomic_path, load_state, read_json, save_state, write_json
-from repro.grid import PAPERS
+from repro.papers import SPECS
 from repro.recipe import Recipe
 from repro.settings import SettingError
 from repro.tasks import monitors
@@ -86,7 +86,7 @@ def _execute(experiment, folder, data_root, device, on_step) -> dict:
     recipe = resolve(experiment)
     with _threads(recipe.threads):
         seed_everything(experiment.seed)
-        task = PAPERS[experiment.paper].spec.supervision.task.prepare(experiment, recipe, device, data_root)
+        task = SPECS[experiment.paper].supervision.task.prepare(experiment, recipe, device, data_root)
         saved = record(experiment) | {"data_digest": task.data_digest}
         _claim(folder, saved)
         started, origin = time.monotonic(), provenance(device, recipe) | {"weights": task.weights}
@@ -99,7 +99,7 @@ def _execute(experiment, folder, data_root, device, on_step) -> dict:
         with atomic_path(folder / "weights.safetensors") as part:
             state = {key: value.contiguous().cpu() for key, value in network.state_dict().items()}
             save_file(state, part, metadata={"run": folder.name})
-        reported = summary(history, PAPERS[experiment.paper].HEADLINES[0])
+        reported = summary(history, SPECS[experiment.paper].headlines[0])
         reported["last"]["ema"] = reported["last"]["ema"] | task.after(outputs)
         metrics = saved | {
             "run": folder.name,
