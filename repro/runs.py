@@ -208,10 +208,12 @@ def provenance(device: torch.device, recipe: Recipe) -> dict:
 
 @functools.cache
 def source_digest() -> str:
-    """Digest of the package's Python sources, so that a report can tell runs made by other code."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """Digest of the code that decides a result: everything but batches, the command line and figures."""
+    digest, folder = hashlib.blake2b(digest_size=8), Path(__file__).parent
+    kinds = (".py", ".toml")
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in kinds):
+        if path.relative_to(folder).parts[0] not in ("batch", "__main__.py"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
