@@ -11,7 +11,8 @@ import pandas as pd
 
 import figures as plots
 from figures import agreement, claims, exchange, style, tables
-from figures.report import across, pages
+from figures import effort as across
+from figures.report import pages
 from repro import runs
 from repro.batch import local, plan
 from repro.experiment import Experiment, from_record

@@ -8,8 +8,8 @@ from matplotlib.colors import to_rgba
 
 from figures import across as figures
 from figures import style
-from figures.report import across
-from figures.report.across import FULL, PIXELS, TAGGED, Effort, Point
+from figures import effort as across
+from figures.effort import FULL, PIXELS, TAGGED, Effort, Point
 from figures.tables import Summary
 from repro.data.masks import IGNORE
 from repro.data.scenes import scenes
