@@ -155,7 +155,7 @@ def test_a_supported_claim(tmp_path):
     write_pairs(pairs, tmp_path)
     found = decide(claim(), root=tmp_path)
     differences = [left - right for left, right in pairs]
-    assert found.verdict == "supported" and found.n == 5 and found.needed == 0 and not found.missing
+    assert found.verdict == "supported" and found.n == 5 and not found.missing
     assert found.differences == pytest.approx(differences) and found.seeds == (0, 1, 2, 3, 4)
     assert found.effect == pytest.approx(-0.07) and (found.low, found.high) == pytest.approx(
         brute_force(differences)
@@ -177,7 +177,7 @@ def test_the_same_runs_contradict_the_opposite_claim(tmp_path):
 def test_too_few_seeds_show_the_effect_and_say_how_many_more(tmp_path):
     write_pairs([(0.2, 0.3), (0.2, 0.4)], tmp_path)
     found = decide(claim(), seeds=(0, 1), root=tmp_path)
-    assert (found.verdict, found.n, found.needed) == ("inconclusive", 2, 3)
+    assert (found.verdict, found.n) == ("inconclusive", 2)
     assert found.effect == pytest.approx(-0.15) and (found.low, found.high) == pytest.approx((-0.2, -0.1))
     assert "needs 3 more seeds" in found.explanation and "at least 0.25 at n = 2" in found.explanation
     assert "can first go below 0.05 at n = 5" in found.explanation
