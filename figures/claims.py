@@ -218,7 +218,9 @@ class Verdict:
         if stated is not None:
             sign = "-" if self.claim.direction == "lower" else "+"
             printed = f"{sign}{stated} points, {stated.dataset}, {stated.budget}"
-        effect, low, high = ("" if one is None else show(one, signed=True) for one in (self.effect, self.low, self.high))
+        effect, low, high = (
+            "" if one is None else show(one, signed=True) for one in (self.effect, self.low, self.high)
+        )
         return {
             "claim": self.claim.text,
             "source": self.claim.source,

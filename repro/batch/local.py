@@ -21,7 +21,7 @@ from tqdm import tqdm
 from repro import runs
 from repro.batch.progress import is_watched
 from repro.experiment import Experiment, record
-from repro.grid import PAPERS, place
+from repro.grid import PAPERS, column_of
 from repro.measure.metrics import sentence
 from repro.settings import SettingError
 
@@ -185,7 +185,7 @@ def expected_seconds(experiments: Sequence[Experiment], root: Path) -> dict[Expe
 def title(experiment: Experiment) -> str:
     """A short name of an experiment for people."""
     changed = "".join(f", {name}={value}" for name, value in experiment.overrides)
-    budget = place(experiment).budget
+    budget = column_of(experiment).budget
     return f"{experiment.method} on {experiment.data}, {budget}, seed {experiment.seed}{changed}"
 
 

@@ -7,7 +7,7 @@ import torch
 from matplotlib.collections import PolyCollection
 
 from figures import common, labels, style
-from figures.report import content
+from 
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS, Column
