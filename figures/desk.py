@@ -522,18 +522,18 @@ def decided_claims(asked: Request) -> Styler:
     rows = [{"paper": _short(name)} | {key: one.row()[key] for key in names}
             for name in PAPERS for one in decided(asked, name)
             if one.verdict in (claims.SUPPORTED, claims.CONTRADICTED)]  # fmt: skip
-    return text_table(pd.DataFrame(rows, columns=["paper", *names]).set_index("paper"))
+    rows = rows or [{"claim": "none is decided yet"}]
+    return text_table(pd.DataFrame(rows, columns=["paper", *names]).fillna("").set_index("paper"))
 
 
 def show_effort(asked: Request) -> None:
-    """mIoU of all kinds of supervision on the same scenes against annotation effort, and what else differs."""
+    """mIoU of all kinds of supervision on the same scenes against annotation effort."""
     points = effort.supervised(asked.scale, asked.seeds, asked.root)
     if not points:
         display(Markdown(f"The scenes have no recipes at scale {asked.scale}; use mini or tiny."))
         return
     asked.show(across.effort(points), "across_effort", "mIoU against annotation effort")
-    for frame in (effort.supervision_frame(points), effort.settings_frame(points)):
-        display(text_table(frame.set_index("learns from")))
+    display(text_table(effort.supervision_frame(points).set_index("learns from")))
 
 
 def show_calibration(asked: Request) -> None:

@@ -158,29 +158,6 @@ def supervision_frame(points: Sequence[Point]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def settings_frame(points: Sequence[Point]) -> pd.DataFrame:
-    """What else differs between kinds of supervision: network, size, steps and batch of their recipes, as text."""
-    rows: dict[tuple, dict[str, str]] = {}
-    for point in points:
-        recipe = resolve(point.experiments[0])
-        unlabelled = f" + {recipe.batch * recipe.unlabelled_ratio}" if point.kind == KINDS[MASKS] else ""
-        start = f"{recipe.start_steps} + " if getattr(recipe, "start_steps", 0) else ""
-        facts = {
-            "paper": PAPERS[point.experiments[0].paper].TITLE.partition(":")[0],
-            "network": recipe.network,
-            "weights at the start": recipe.weights,
-            "steps": f"{start}{recipe.steps}",
-            "images a step": f"{recipe.batch}{unlabelled}",
-            "training scenes": str(recipe.images),
-            "test scenes": str(recipe.tests),
-            "side (px)": str(recipe.crop),
-        }
-        row = rows.setdefault(tuple(facts.values()), {"learns from": point.kind} | facts)
-        if point.kind not in row["learns from"]:
-            row["learns from"] += f", {point.kind}"
-    return pd.DataFrame(list(rows.values()))
-
-
 # Classifiers
 
 

@@ -9,17 +9,15 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from figures import agreement, report
-from figures.claims import MINIMUM_SEEDS
 from repro import runs
-from repro.batch import plan, records
+from repro.batch import plan, records, report
 from repro.batch.local import COMMITTED, Outcome, run_all
 from repro.experiment import Experiment
 from repro.grid import PAPERS
 from repro.recipe import SCALES
 from repro.settings import SettingError, unknown
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+MINIMUM_SEEDS = 5  # of a verdict
 
 
 def reproduce(
@@ -29,7 +27,7 @@ def reproduce(
 
     scale: `tiny`, `mini` or `paper`. seeds: how many, from 0. workers: runs at a time, 0 for one a core.
     root: folder of runs. Figures and tables stand beside the report; those of a `mini` job in the usual folder also go
-    to the checkout's `figures/` and README.md, unless runs that are committed there would be dropped.
+    to the checkout's `figures/rendered/`, unless runs that are committed there would be dropped.
     Numbers that disagree with the committed ones are told, and do not change the status.
     """
     if scale not in SCALES:
@@ -45,13 +43,12 @@ def reproduce(
         flush=True,
     )
     outcome = run_all(experiments, root, workers, device)
-    compared = agreement.compare_all(experiments, root)  # before the report, which may renew what is committed
     usual = scale == "mini" and root == runs.runs_folder()
-    kept = unpublished(scale, numbers, root) if usual else ""
-    page = report.build(scale, numbers, root, CHECKOUT if usual and not kept else None)
+    kept = report.unpublished(scale, numbers, root) if usual else ""
+    page = report.build(scale, numbers, root, usual and not kept)
     _tell(outcome, page)
-    told = [f"figures/ and README.md are left as they are: {kept}"] if kept else []
-    print("\n".join([*agreement.summary(compared), *told, *left_out(experiments, scale, numbers, root)]))
+    told = [f"figures/rendered/ is left as it is: {kept}"] if kept else []
+    print("\n".join([*told, *left_out(experiments, scale, numbers, root)]))
     return 1 if outcome.failed else 0
 
 
@@ -76,17 +73,6 @@ def left_out(experiments: Collection[Experiment], scale: str, seeds: Sequence[in
     lines.append(f"all of it: python -m repro rerun {options}")
     lines.append(f"what that costs: python -m repro plan {options}")
     return lines
-
-
-def unpublished(scale: str, seeds: Sequence[int], root: Path) -> str:
-    """Why results of these runs must not replace the committed ones; empty where they may."""
-    lost = records.lost(COMMITTED, plan.select(scale=scale, seeds=seeds), root)
-    if not lost:
-        return ""
-    return (
-        f"{_count(len(lost), 'committed run')} would be dropped, such as {lost[0]}: not finished in {root.name}/, or "
-        f"not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
-    )
 
 
 def committed_seeds(scale: str) -> int:
