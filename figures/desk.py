@@ -522,8 +522,8 @@ def decided_claims(asked: Request) -> Styler:
     rows = [{"paper": _short(name)} | {key: one.row()[key] for key in names}
             for name in PAPERS for one in decided(asked, name)
             if one.verdict in (claims.SUPPORTED, claims.CONTRADICTED)]  # fmt: skip
-    rows = rows or [{"claim": "none is decided yet"}]
-    return text_table(pd.DataFrame(rows, columns=["paper", *names]).fillna("").set_index("paper"))
+    rows = rows or [dict.fromkeys(names, "") | {"paper": "", "claim": "none is decided yet"}]
+    return text_table(pd.DataFrame(rows).set_index("paper"))
 
 
 def show_effort(asked: Request) -> None:
