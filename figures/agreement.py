@@ -21,7 +21,8 @@ from typing import Any
 import pandas as pd
 
 from repro import runs
-from repro.batch import local, records
+from repro.batch import records
+from repro.batch.progress import title
 from repro.experiment import Experiment, run_id
 from repro.grid import PAPERS
 from repro.measure.metrics import METRICS
@@ -161,7 +162,7 @@ def compare_all(
 
     path: of the committed runs (`records.save`), by default the checkout's. Raises CorruptFile for an edited run.
     """
-    frame = records.load_numbers(Path(path or local.COMMITTED))
+    frame = records.load_numbers(Path(path or records.COMMITTED_RUNS))
     unique = {run_id(item): item for item in experiments if len(frame) and runs.is_finished(item, root)}
     found = (compare(item, runs.load_metrics(runs.folder_of(item, root)), frame) for item in unique.values())
     return [row for rows in found for row in rows]
@@ -181,7 +182,7 @@ def summary(rows: Sequence[Agreement]) -> list[str]:
         cells = row.row()
         why = "same platform, packages and sources" if row.expected else row.because
         lines.append(
-            f"{'WARNING' if row.warning else 'differs'}: {local.title(row.experiment)}: {cells['metric']} "
+            f"{'WARNING' if row.warning else 'differs'}: {title(row.experiment)}: {cells['metric']} "
             f"{cells['measured']}, committed {cells['committed']}, tolerance {cells['tolerance']} ({why})"
         )
     return lines

@@ -26,8 +26,8 @@ from figures.plane import classes_of
 from figures.verdicts import claim_effects
 from repro import papers as paper_files
 from repro import runs
-from repro.batch import local, plan
-from repro.batch.progress import StepBar, is_watched
+from repro.batch import plan, progress
+from repro.batch.execute import execute
 from repro.experiment import Experiment, from_record, resolve
 from repro.grid import PAPERS, Paper, Row, Table, column_of
 from repro.measure.metrics import METRICS, sentence
@@ -232,13 +232,13 @@ def train(experiment: Experiment, asked: Request) -> pd.DataFrame:
 
     Where somebody watches, a bar and the loss curves move while it trains; under papermill nothing is drawn.
     """
-    bar, started, drawn = StepBar(local.title(experiment)), time.monotonic(), -REDRAW_SECONDS
+    bar, started, drawn = progress.StepBar(progress.title(experiment)), time.monotonic(), -REDRAW_SECONDS
     live = DisplayHandle()
 
     def on_step(done: int, total: int, row: dict) -> None:
         nonlocal drawn
         bar(done, total, row)
-        if is_watched() and (done == total or time.monotonic() - drawn > REDRAW_SECONDS):
+        if progress.is_watched() and (done == total or time.monotonic() - drawn > REDRAW_SECONDS):
             (live.update if drawn > 0 else live.display)(loss_curves(experiment, asked.root))
             drawn = time.monotonic()
 
@@ -341,7 +341,7 @@ def run_missing(asked: Request) -> None:
     missing = [item for item in experiments if not runs.is_finished(item, asked.root)]
     print(f"main job: {len(experiments) - len(missing)} of {len(experiments)} runs finished")
     if missing and asked.run_missing:
-        local.run_all(missing, asked.root)
+        execute(plan.plan(dict.fromkeys(missing, ("main job",)), asked.root), asked.root, engine="local")
 
 
 def ablation_list(paper: str) -> Styler:
@@ -480,7 +480,7 @@ def _cost(found: Sequence[dict[str, Any]]) -> dict[str, str]:
     )
     devices = Counter(_device(saved["provenance"]) for saved in found)
     return {
-        "training": local.clock(sum(seconds)),
+        "training": progress.clock(sum(seconds)),
         "one run": f"{min(seconds):,.0f} to {max(seconds):,.0f} s, median {statistics.median(seconds):,.0f} s",
         "images/s": f"{min(rates):,.0f} to {max(rates):,.0f}",
         "memory at most": f"{max(memory):,.0f} MiB",

@@ -186,5 +186,7 @@ def classified(scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | 
 
 def calibration_frame(points: Sequence[Point]) -> pd.DataFrame:
     """The points as text, a row each: method, error, accuracy, ECE."""
-    rows = [{"method": point.label} | {METRICS[name].title: point.cell(name) for name in CLASSIFIED} for point in points]
+    rows = [
+        {"method": point.label} | {METRICS[name].title: point.cell(name) for name in CLASSIFIED} for point in points
+    ]
     return pd.DataFrame(rows)

@@ -13,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import nbformat
+from latex2mathml.converter import convert
+
 from repro import runs
-from repro.batch import local, plan, records
+from repro.batch import plan, records
 from repro.experiment import Experiment
 from repro.files import read_json, write_json, write_text
 from repro.grid import PAPERS
@@ -41,7 +44,7 @@ def build(
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     if publish and (reason := unpublished(scale, seeds, root)):
-        raise SettingError(f"not published: {reason}; train it, or delete {local.COMMITTED.name} first if it is to go")
+        raise SettingError(f"not published: {reason}; train it, or delete {records.COMMITTED_RUNS.name} first if it is to go")
     root = Path(root).resolve()
     folder = root / f"report-{scale}"
     page, made = folder / "index.html", folder / "inputs.json"
@@ -61,11 +64,15 @@ def build(
 
 def unpublished(scale: str, seeds: Sequence[int], root: Path) -> str:
     """Why results of these runs must not replace the committed ones; empty where they may."""
-    lost = records.lost(local.COMMITTED, plan.select(scale=scale, seeds=seeds), root)
-    return lost and (
-        f"{len(lost)} committed run{'s' * (len(lost) > 1)} would be dropped, such as {lost[0]}: not finished in "
-        f"{Path(root).name}/, or not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
-    ) or ""
+    lost = records.lost(records.COMMITTED_RUNS, plan.select(scale=scale, seeds=seeds), root)
+    return (
+        lost
+        and (
+            f"{len(lost)} committed run{'s' * (len(lost) > 1)} would be dropped, such as {lost[0]}: not finished in "
+            f"{Path(root).name}/, or not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
+        )
+        or ""
+    )
 
 
 def _inputs(scale: str, seeds: Sequence[int], root: Path) -> dict[str, Any]:
@@ -75,7 +82,7 @@ def _inputs(scale: str, seeds: Sequence[int], root: Path) -> dict[str, Any]:
     finished = sorted(root.glob(f"*-{scale}-*/metrics.json"))
     return {
         "runs": {path.parent.name: path.stat().st_mtime_ns for path in finished},
-        "committed": _digest([local.COMMITTED, records.numbers_of(local.COMMITTED)]),
+        "committed": _digest([records.COMMITTED_RUNS, records.numbers_of(records.COMMITTED_RUNS)]),
         "code": _digest(read),
         "seeds": list(seeds),
     }
@@ -131,7 +138,15 @@ def would_train(paper: str, scale: str, root: Path) -> bool:
 def _execute(name: str, to: Path, parameters: dict[str, Any]) -> None:
     """Execute a notebook by papermill in a process of its own."""
     given = [word for key, value in parameters.items() if value is not None for word in ("-p", key, str(value))]
-    command = [sys.executable, "-m", "papermill", str(NOTEBOOKS / f"{name}.ipynb"), str(to), "--no-progress-bar", *given]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(NOTEBOOKS / f"{name}.ipynb"),
+        str(to),
+        "--no-progress-bar",
+        *given,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=NOTEBOOKS)
     if done.returncode:
         raise RuntimeError(f"{name}.ipynb: papermill failed\n{done.stderr[-3000:]}")
@@ -151,7 +166,6 @@ def _convert_all(root: Path, folder: Path) -> None:
 
 
 def _convert(parts: Sequence[Path], page: Path, title: str, pages: list[tuple[str, str]], root: Path) -> None:
-    import nbformat
     from nbconvert import HTMLExporter
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
@@ -159,10 +173,10 @@ def _convert(parts: Sequence[Path], page: Path, title: str, pages: list[tuple[st
         """Markdown with escaped HTML and equations as MathML."""
 
         def block_math(self, body: str) -> str:
-            return _mathml(body, "block")
+            return convert(body, display="block")
 
         def inline_math(self, body: str) -> str:
-            return _mathml(body, "inline")
+            return convert(body)
 
     texts = [part.read_text(encoding="utf-8").replace(str(root), root.name) for part in parts]
     books = [nbformat.reads(text.replace(str(CHECKOUT), "."), as_version=4) for text in texts]
@@ -180,9 +194,3 @@ def _convert(parts: Sequence[Path], page: Path, title: str, pages: list[tuple[st
     html, _ = exporter.from_notebook_node(book, about)
     here = {f"{href.removesuffix('.html')}.ipynb": href for href, _ in pages} | {"tables.ipynb": pages[1][0]}
     write_text(page, re.sub(r'href="(\w+\.ipynb)"', lambda found: f'href="{here.get(found[1], found[1])}"', html))
-
-
-def _mathml(tex: str, display: str) -> str:
-    from latex2mathml.converter import convert
-
-    return convert(tex, display=display)

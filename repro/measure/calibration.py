@@ -8,14 +8,13 @@ which bin a confidence is in.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from repro.measure.reliability import Bins as Bins
 from repro.measure.reliability import ReliabilitySums as ReliabilitySums
-from repro.measure.reliability import bin_index, check_pairs, check_range, group_sums, reliability, wide
+from repro.measure.reliability import bin_index, check_range, group_sums, reliability, wide
 
 
 def top_label(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,94 +77,6 @@ def brier(probs: Tensor, labels: Tensor) -> Tensor:
     return (wide(probs) - one_hot(labels, probs.shape[1])).square().sum(1).mean()
 
 
-@dataclass(frozen=True)
-class BrierParts:
-    """brier = reliability - resolution + uncertainty + within, each summed over classes."""
-
-    reliability: Tensor
-    resolution: Tensor
-    uncertainty: Tensor
-    within: Tensor
-
-
-def brier_parts(probs: Tensor, labels: Tensor, bins: int | None = None) -> BrierParts:
-    """Decomposition of the Brier score, class against rest, that adds up exactly.
-
-    probs, labels: as in `top_label`.
-    bins: None groups equal forecasts of a class, where `within` is 0; else M equal-width bins closed at the
-        left, where `within` is the variance of p in a bin less twice its covariance with the outcome.
-    Source: Murphy (1973); within-bin term: Stephenson et al. (2008).
-    """
-    check_probs(probs, labels)
-    n, classes = probs.shape
-    group = bin_index(probs, bins, "left") if bins else torch.unique(probs, return_inverse=True)[1]
-    group = group + torch.arange(classes, device=probs.device) * (group.max() + 1)
-    group = torch.unique(group, return_inverse=True)[1].flatten()
-    p, outcome = wide(probs), one_hot(labels, classes)
-    base_rate = outcome.mean(0)
-    of_class = base_rate.expand(n, classes).flatten()
-    size = int(group.max()) + 1
-    sums = group_sums(group, size, torch.ones_like(of_class), p.flatten(), outcome.flatten(), of_class)
-    count, mean_p, mean_outcome, mean_rate = sums[0], *(sums[1:] / sums[0])
-    spread = p.flatten() - mean_p[group]
-    return BrierParts(
-        reliability=(count * (mean_p - mean_outcome).square()).sum() / n,
-        resolution=(count * (mean_outcome - mean_rate).square()).sum() / n,
-        uncertainty=(base_rate * (1 - base_rate)).sum(),
-        within=(spread.square() - 2 * spread * (outcome.flatten() - mean_outcome[group])).sum() / n,
-    )
-
-
-def debiased_squared_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
-    """Squared L2 calibration error over equal-mass bins, less its expected excess; may be negative.
-
-    sum_b n_b/n [(confidence_b - accuracy_b)^2 - accuracy_b (1 - accuracy_b) / (n_b - 1)]: without bias for
-    the binned error when the bins are fixed beforehand. Bins of one sample count 0. Arguments as in
-    `reliability`.
-    Source: Kumar, Liang & Ma (2019), debiased estimator; Ferro & Fricker (2012).
-    """
-    found = reliability(confidence, correct, bins, spacing="mass")
-    variance = found.accuracy * (1 - found.accuracy) / (found.count - 1)
-    terms = torch.where(found.count > 1, found.gap.square() - variance, 0.0)
-    return (found.share * terms).sum()
-
-
-def debiased_ece(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
-    """Square root of `debiased_squared_error`; 0 where that is negative (calibrated, as far as n can tell).
-
-    An L2 error, hence at least as large as an L1 error over the same bins would be, were both free of bias.
-    """
-    return debiased_squared_error(confidence, correct, bins).clamp_min(0).sqrt()
-
-
-def smooth_ece(confidence: Tensor, correct: Tensor, resolution: int = 1000) -> Tensor:
-    """SmoothECE: absolute residual after smoothing by the width that equals the result; no bins to choose.
-
-    confidence, correct: as in `reliability`.
-    resolution: cells of [0, 1] to which confidences are rounded; widths below one cell are not told apart.
-    Source: Blasiok & Nakkiran (2024), reflected Gaussian kernel and fixed point; evaluated in the cosine
-        basis of the cells, where that kernel is diagonal (reconstruction).
-    """
-    check_pairs(confidence, correct)
-    width = wide(torch.ones((), device=confidence.device))
-    cell = (wide(confidence) * resolution).long().clamp(0, resolution - 1)
-    residual = group_sums(cell, resolution, wide(correct) - wide(confidence))[0] / confidence.numel()
-    order = torch.arange(resolution, device=confidence.device, dtype=width.dtype)
-    basis = torch.cos(math.pi / resolution * order[:, None] * (order + 0.5)) * math.sqrt(2 / resolution)
-    basis[0] /= math.sqrt(2)
-    spectrum = basis @ residual
-
-    def smoothed(sigma: Tensor) -> Tensor:
-        return (basis.T @ (spectrum * torch.exp(-0.5 * (math.pi * sigma * order) ** 2))).abs().sum()
-
-    low, high = 0 * width, width
-    for _ in range(30):  # smoothed(sigma) falls and sigma rises: they meet once
-        middle = (low + high) / 2
-        above = smoothed(middle) > middle
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return smoothed((low + high) / 2)
-
-
 def bootstrap_interval(
     statistic: Callable[[Tensor, Tensor], Tensor],
     probs: Tensor,
@@ -176,16 +87,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of statistic(probs, labels) over `n` resamples of the samples, with replacement.
 
-    statistic: a function of this module, say; probs and labels may also be a confidence and a correct.
-    seed: of the resampling, the same on every device. level: coverage in (0, 1).
+     statistic: a function of this module, say; probs and labels may also be a confidence and a correct.
+     seed: of the resampling, the same on every device. level: coverage in (0, 1).
     Binned errors of a resample are larger than those of the sample, as a sample's are larger than the truth,
-    so an interval of a small ECE can lie above it; it shows spread. `debiased_squared_error` is the check.
-    Raises ValueError for empty input, n < 2 or a level outside (0, 1). Source: Efron (1979).
+     so an interval of a small ECE can lie above it; it shows spread.
+     Raises ValueError for empty input, n < 2 or a level outside (0, 1). Source: Efron (1979).
     """
     if len(probs) == 0 or len(probs) != len(labels):
-        raise ValueError(
-            f"{len(probs)} probs and {len(labels)} labels; both need the same number, at least 1"
-        )
+        raise ValueError(f"{len(probs)} probs and {len(labels)} labels; both need the same number, at least 1")
     if n < 2 or not 0 < level < 1:
         raise ValueError(f"n is {n} and level is {level}; n must be at least 2 and level lie in (0, 1)")
     generator = torch.Generator().manual_seed(seed)
@@ -278,18 +187,12 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 def check_shapes(scores: Tensor, labels: Tensor) -> None:
     """Raise ValueError unless scores are a non-empty floating (n, K) and labels (n,) integers in [0, K)."""
     if scores.ndim != 2 or scores.numel() == 0 or not scores.is_floating_point():
-        raise ValueError(
-            f"scores are {scores.dtype} {tuple(scores.shape)}; they must be floating, (n > 0, K > 0)"
-        )
+        raise ValueError(f"scores are {scores.dtype} {tuple(scores.shape)}; they must be floating, (n > 0, K > 0)")
     if labels.shape != scores.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}; they must be integers, ({len(scores)},)"
-        )
+        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}; they must be integers, ({len(scores)},)")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= scores.shape[1]:
-        raise ValueError(
-            f"labels span {low} to {high}, outside [0, {scores.shape[1]}): drop hidden labels (-1) first"
-        )
+        raise ValueError(f"labels span {low} to {high}, outside [0, {scores.shape[1]}): drop hidden labels (-1) first")
 
 
 def check_probs(probs: Tensor, labels: Tensor) -> None:

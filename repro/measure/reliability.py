@@ -105,9 +105,7 @@ class ReliabilitySums(nn.Module):
         """
         slot = bin_index(confidence, self.bins, self.closing) + 1
         weight = wide(weight_mask)
-        self.sums += group_sums(
-            slot, self.bins + 1, weight, weight * wide(confidence), weight * wide(correct)
-        )
+        self.sums += group_sums(slot, self.bins + 1, weight, weight * wide(confidence), weight * wide(correct))
         self.offered += confidence.numel()
 
     def read(self) -> dict[str, float | None]:
@@ -167,19 +165,13 @@ def wide(x: Tensor) -> Tensor:
 def check_pairs(confidence: Tensor, correct: Tensor) -> None:
     """Raise ValueError unless confidence is a non-empty floating (n,) in [0, 1] and correct has its shape."""
     if confidence.ndim != 1 or confidence.numel() == 0 or not confidence.is_floating_point():
-        raise ValueError(
-            f"confidence is {confidence.dtype} {tuple(confidence.shape)}; it must be floating, (n > 0,)"
-        )
+        raise ValueError(f"confidence is {confidence.dtype} {tuple(confidence.shape)}; it must be floating, (n > 0,)")
     if correct.shape != confidence.shape:
-        raise ValueError(
-            f"correct is {tuple(correct.shape)}; it must be {tuple(confidence.shape)} like confidence"
-        )
+        raise ValueError(f"correct is {tuple(correct.shape)}; it must be {tuple(confidence.shape)} like confidence")
     check_range(confidence)
 
 
 def check_range(probs: Tensor) -> None:
     """Raise ValueError unless all lie in [0, 1], up to rounding."""
     if not bool(((probs >= 0) & (probs <= 1 + 1e-3)).all()):
-        raise ValueError(
-            f"probabilities span {probs.min():.4g} to {probs.max():.4g}; take the softmax of logits first"
-        )
+        raise ValueError(f"probabilities span {probs.min():.4g} to {probs.max():.4g}; take the softmax of logits first")

@@ -1,28 +1,26 @@
 """Segmentation from few masks as a task: data, network, views and method of an experiment, and what is measured."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repro.data.mask_views import MaskViews
-from repro.data.masks import IGNORE, draw_masks
-from repro.data.masks_sources import MASK_SOURCES, MaskFolder, open_masks
-from repro.data.pools import draw_folder
-from repro.data.scenes import SIZES, scenes
+from repro.data.masks import draw_masks
+from repro.data.masks_sources import MASK_SOURCES, open_masks
+from repro.data.pools import draw_folder, read_ahead
+from repro.data.scenes import scenes
 from repro.measure import segmentation
 from repro.methods.few_masks import METHODS
 from repro.methods.few_masks.losses import LABELLED
 from repro.methods.few_masks.separation import confidence_features
-from repro.models.deeplab import deeplab
 from repro.models.modes import evaluating
-from repro.models.pretrained import initialise
 from repro.recipe import Cell, MaskRecipe
 from repro.settings import SettingError
+from repro.tasks.common import build_deeplab, check_scenes, spread, stacked, unmasked
 from repro.tasks.monitors import PixelMonitor
 from repro.train import Task
 
@@ -42,7 +40,7 @@ def prepare(experiment: Cell, recipe: MaskRecipe, device: torch.device, data_roo
     scale = (recipe.scale_low, recipe.scale_high) if experiment.data == "scenes" else (1.0, 1.0)
     views = MaskViews(recipe.crop, scale, generator=generator).to(device)
     torch.manual_seed(experiment.seed)
-    network, weights = build(recipe, classes)
+    network, weights = build_deeplab(recipe, classes)
     method = METHODS[experiment.method](
         recipe.method, network, views, classes, LABELLED[recipe.labelled_loss], recipe.head_factor
     ).to(device)
@@ -64,8 +62,7 @@ def prepare(experiment: Cell, recipe: MaskRecipe, device: torch.device, data_roo
     def outputs(net: nn.Module) -> dict[str, Tensor]:
         """Arrays for figures: the shown pool images, and predictions on test images, at the size of a crop."""
         kept = {"pool_index": shown, "pool_images": images, "pool_truth": masks}
-        tests = [_fitted(*pair, recipe.crop) for pair in _first(_single(test()), SHOWN_TEST)]
-        test_images, test_truth = (torch.stack(parts) for parts in zip(*tests, strict=True))
+        test_images, test_truth = stacked(list(itertools.islice(_single(test()), SHOWN_TEST)), recipe.crop)
         confidence, prediction = _probabilities(net, views.plain(test_images.to(device)), recipe.window).max(1)
         kept |= {"test_images": test_images, "test_truth": test_truth}
         return kept | {"test_prediction": prediction.byte(), "test_confidence": confidence}
@@ -75,28 +72,16 @@ def prepare(experiment: Cell, recipe: MaskRecipe, device: torch.device, data_roo
     return Task(method, pool, monitor, generators, evaluate, outputs, lambda outputs: {}, digest, moments, weights)
 
 
-def build(recipe: MaskRecipe, classes: int) -> tuple[nn.Module, dict[str, str]]:
-    """The recipe's DeepLabV3+, its backbone filled with pretrained weights unless `weights` is scratch, and where they
-    come from."""
-    stride = recipe.output_stride // (2 if recipe.network == "resnet-mini" else 1)
-    network = deeplab(recipe.network, classes, stride)
-    return network, initialise(network.backbone, recipe.network, recipe.weights)
-
-
 def _embedded(experiment: Cell, recipe: MaskRecipe, data_root: Path | None):
     """Pool, truth, shown pictures, test pairs and digest of the Fashion scenes."""
-    if not (0 < experiment.labels <= recipe.images and recipe.tests):
-        raise SettingError(
-            f"labels is {experiment.labels}, images {recipe.images}, tests {recipe.tests}: scenes show 1 to `images` "
-            "masks and are evaluated on at least one test"
-        )
-    if recipe.crop not in SIZES:
-        raise SettingError(f"crop is {recipe.crop}; scenes are made at the crop's size, {SIZES[0]} to {SIZES[-1]}")
+    if not 0 < experiment.labels <= recipe.images:
+        raise SettingError(f"labels is {experiment.labels}, images {recipe.images}: scenes show 1 to `images` masks")
+    check_scenes(recipe)
     train, test = scenes("train", recipe.images, recipe.crop), scenes("test", recipe.tests, recipe.crop)
     pool, truth = draw_masks(train, experiment.labels, experiment.seed)
 
     def pictures(count: int) -> tuple[Tensor, Tensor, Tensor]:
-        index = _spread(pool.unlabelled, count)
+        index = _some(pool.unlabelled, count)
         return index, pool.images[index].cpu(), truth[index]
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -114,14 +99,12 @@ def _folder(experiment: Cell, recipe: MaskRecipe, data_root: Path | None):
     pool = draw_folder(train, budget, experiment.seed, recipe.crop, scale)
 
     def pictures(count: int) -> tuple[Tensor, Tensor, Tensor]:
-        index = _spread(pool.unlabelled, count)
-        pairs = [_fitted(*_unmasked(train, i), recipe.crop) for i in index.tolist()]
-        images, masks = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        return index, images, masks
+        index = _some(pool.unlabelled, count)
+        return index, *stacked([unmasked(train, number) for number in index.tolist()], recipe.crop)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         with ThreadPoolExecutor(8) as threads:
-            for image, mask in _ahead(threads, test.read, range(len(test)), 16):
+            for image, mask in read_ahead(threads, test.read, range(len(test)), 16):
                 yield image[None], mask[None]
 
     return pool, None, pictures, pairs, f"{pool.digest}+{test.digest}"
@@ -143,28 +126,9 @@ def budget_of(data: str, labels: int, lists: str = "own") -> str:
     return (chosen or names)[0]
 
 
-def _unmasked(folder: MaskFolder, index: int) -> tuple[Tensor, Tensor]:
-    """An unlabelled image with a mask of 255: hidden masks are not opened, not even for figures."""
-    picture = folder.image(index)
-    image = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    image = image.view(picture.height, picture.width, 3).permute(2, 0, 1)
-    return image, torch.full((picture.height, picture.width), IGNORE, dtype=torch.uint8)
-
-
-def _spread(indices: Tensor, count: int) -> Tensor:
+def _some(indices: Tensor, count: int) -> Tensor:
     """Up to `count` of the indices, evenly spread, the same in every run of a split."""
-    indices = indices.cpu()
-    return indices[torch.linspace(0, len(indices) - 1, min(count, len(indices))).long()]
-
-
-def _fitted(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The centre of an image (3, H, W) and its mask, cut or padded (0 and 255) to a square of `size`."""
-    for axis in (-2, -1):
-        extra = max(image.shape[axis] - size, 0)
-        image = image.narrow(axis, extra // 2, min(image.shape[axis], size))
-        mask = mask.narrow(axis, extra // 2, min(mask.shape[axis], size))
-    rest = (0, size - image.shape[2], 0, size - image.shape[1])
-    return F.pad(image, rest), F.pad(mask, rest, value=IGNORE)
+    return indices.cpu()[spread(len(indices), count)]
 
 
 @torch.no_grad()
@@ -180,18 +144,3 @@ def _probabilities(network: nn.Module, images: Tensor, window: int) -> Tensor:
 def _single(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     for images, masks in batches:
         yield from zip(images, masks, strict=True)
-
-
-def _first(items: Iterator, count: int) -> list:
-    return [item for _, item in zip(range(count), items, strict=False)]
-
-
-def _ahead(threads: ThreadPoolExecutor, call: Callable, items: Iterable, depth: int) -> Iterator:
-    """`call` of each item in order, at most `depth` of them read ahead."""
-    waiting: deque = deque()
-    for item in items:
-        waiting.append(threads.submit(call, item))
-        if len(waiting) >= depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

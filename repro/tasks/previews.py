@@ -1,13 +1,10 @@
 """Arrays that a run keeps for figures and the explorer: pictures, maps of one scale, comparisons, PCRE's masks."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repro.cam import attention_rollout, bilinear, grad_cam, min_max, widened
-from repro.data.masks import IGNORE
 from repro.methods.image_tags.dupl import Pair
 from repro.methods.image_tags.pcre_network import PCRENetwork
 from repro.methods.image_tags.trunk import Trunk
@@ -101,19 +98,3 @@ def small_labels(labels: Tensor, side: int) -> Tensor:
     if labels.shape[1] <= side:
         return labels
     return F.interpolate(labels[:, None].float(), size=(side, side), mode="nearest")[:, 0].byte()
-
-
-def square(image: Tensor, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The centre of an image (3, H, W) and its mask, cut or padded (0 and 255) to a square of `side`."""
-    for axis in (-2, -1):
-        extra = max(image.shape[axis] - side, 0)
-        image = image.narrow(axis, extra // 2, min(image.shape[axis], side))
-        mask = mask.narrow(axis, extra // 2, min(mask.shape[axis], side))
-    rest = (0, side - image.shape[2], 0, side - image.shape[1])
-    return F.pad(image, rest), F.pad(mask, rest, value=IGNORE)
-
-
-def stacked(pairs: Sequence[tuple[Tensor, Tensor]], side: int) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, side, side) and masks (n, side, side), each `square`."""
-    images, masks = zip(*(square(*pair, side) for pair in pairs), strict=True)
-    return torch.stack(images), torch.stack(masks)

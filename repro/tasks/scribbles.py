@@ -12,25 +12,22 @@ from repro.data.mask_views import PADDING, MaskViews, hide
 from repro.data.masks import IGNORE, MaskPool, draw_masks
 from repro.data.masks_sources import open_masks
 from repro.data.pools import read_ahead
-from repro.data.scenes import SIZES, scenes
+from repro.data.scenes import scenes
 from repro.data.scribble_layout import FRAME, FramePool, PaddedViews, framed, open_scribbles
 from repro.data.scribbles import draw_scribbles, reaches_of
 from repro.measure.segmentation import SegmentationSums, confusion, mean_iou, pixel_accuracy, whole_image
 from repro.methods.scribbles import METHODS
 from repro.methods.scribbles.steps import BLUR
-from repro.models.deeplab import deeplab
 from repro.models.modes import evaluating
-from repro.models.pretrained import initialise
 from repro.recipe import Cell, ScribbleRecipe
 from repro.settings import SettingError
 from repro.solvers.potts import contrast_grid, potts_energy, relaxed_potts
+from repro.tasks.common import build_deeplab, check_scenes, spread, stacked
 from repro.tasks.monitors import PixelMonitor
-from repro.tasks.previews import stacked
 from repro.train import Task
 
 SHOWN_POOL, SHOWN_TEST = 8, 12  # images whose predictions a run keeps for figures and the explorer
 BATCH = 50  # scenes evaluated at a time
-DROPOUT = (0.5, 0.1)  # of the published decoder
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def prepare(
     made = MaskViews if embedded else PaddedViews
     views = made(recipe.crop, scale, strong=BLUR, generator=generator).to(device)
     torch.manual_seed(experiment.seed)
-    network, weights = build(recipe, classes)
+    network, weights = build_deeplab(recipe, classes)
     method = METHODS[experiment.method](recipe.method, network, views, classes, recipe, sets.size).to(device)
     truth = None if sets.truth is None else sets.truth.to(device)
     padding = (sets.pictures["pool_scribbles"] == PADDING).to(device)
@@ -132,15 +129,6 @@ def prepare(
     )  # fmt: skip
 
 
-def build(recipe: ScribbleRecipe, classes: int) -> tuple[nn.Module, dict[str, str]]:
-    """The recipe's DeepLabV3+, its backbone filled with pretrained weights unless `weights` is scratch, and where they
-    come from. The small one has no dropout (ours)."""
-    mini = recipe.network == "resnet-mini"
-    stride, dropout = (recipe.output_stride // 2, (0.0, 0.0)) if mini else (recipe.output_stride, DROPOUT)
-    network = deeplab(recipe.network, classes, stride, dropout=dropout)
-    return network, initialise(network.backbone, recipe.network, recipe.weights)
-
-
 def proposal_quality(proposals: Tensor | None, truth: Tensor | None, classes: int) -> dict[str, float | None]:
     """Share of pixels whose proposal is their true class, and the mIoU of proposals, for the report alone.
 
@@ -160,10 +148,7 @@ def sees_masks(experiment: Cell) -> bool:
 
 def _embedded(experiment: Cell, recipe: ScribbleRecipe) -> Sets:
     """Fashion scenes, with scribbles drawn into their masks."""
-    if not (recipe.images and recipe.tests):
-        raise SettingError(f"images is {recipe.images}, tests {recipe.tests}: scenes need at least one of both")
-    if recipe.crop not in SIZES:
-        raise SettingError(f"crop is {recipe.crop}; scenes are made at the crop's size, {SIZES[0]} to {SIZES[-1]}")
+    check_scenes(recipe)
     train, test = scenes("train", recipe.images, recipe.crop), scenes("test", recipe.tests, recipe.crop)
     scribbled, truth = draw_scribbles(train, experiment.labels / 100, recipe.width)
     pool = draw_masks(train, len(train), experiment.seed)[0] if sees_masks(experiment) else scribbled
@@ -209,8 +194,3 @@ def _folder(experiment: Cell, recipe: ScribbleRecipe, data_root: Path | None) ->
 
     first = stacked([test.read(index) for index in tested[:SHOWN_TEST]], recipe.crop)
     return Sets(pool, pool.size, None, batches, first, shown, pictures, f"{pool.digest}+{test.digest}")
-
-
-def spread(count: int, chosen: int) -> Tensor:
-    """Up to `chosen` of the numbers below `count`, evenly spread, int64."""
-    return torch.linspace(0, count - 1, min(chosen, count)).long()

@@ -19,10 +19,10 @@ from repro import cam
 from repro.cam import bilinear
 from repro.data.catalogue import DataError
 from repro.data.mask_views import PADDING, TAGS, Crop, MaskViews
-from repro.data.masks import IGNORE, MaskPool, draw_masks, show_tags, tags_of
-from repro.data.masks_sources import MaskFolder, open_masks, open_tags
+from repro.data.masks import MaskPool, draw_masks, show_tags, tags_of
+from repro.data.masks_sources import open_masks, open_tags
 from repro.data.pools import TagPool, draw_tags, read_ahead
-from repro.data.scenes import SIZES, scenes
+from repro.data.scenes import scenes
 from repro.measure import segmentation
 from repro.methods.image_tags import METHODS
 from repro.methods.image_tags.afa import AFANetwork
@@ -34,8 +34,9 @@ from repro.models.pretrained import initialise
 from repro.models.vit import DILATIONS, LAYOUTS, MINI_DILATIONS, DilatedHead, LargeFov, ViT, vit
 from repro.recipe import Cell, TagRecipe
 from repro.settings import SettingError
+from repro.tasks.common import check_scenes, spread, stacked, unmasked
 from repro.tasks.crf_scores import CRF_SCENES, final_counts, final_scores, inference_of, protocol_of
-from repro.tasks.previews import LARGEST, explored, small_images, small_labels, stacked, trunk_of
+from repro.tasks.previews import LARGEST, explored, small_images, small_labels, trunk_of
 from repro.train import Task
 
 SHOWN_POOL, SHOWN_TEST, EXPLORED = 8, 16, 4  # images whose CAMs a run keeps for figures and the explorer
@@ -171,7 +172,11 @@ class FramedViews(MaskViews):
 
 def _embedded(experiment: Cell, recipe: TagRecipe) -> Sets:
     """Fashion scenes, whose tags follow from their masks."""
-    check_scenes(experiment, recipe)
+    check_scenes(recipe)
+    if not 1 <= experiment.labels <= recipe.images:
+        raise SettingError(
+            f"labels is {experiment.labels}, the number of scenes whose tags are shown: 1 to images, {recipe.images}"
+        )
     train, test = scenes("train", recipe.images, recipe.crop), scenes("test", recipe.tests, recipe.crop)
     pool, truth = draw_masks(train, 0, experiment.seed, tags=True)
     tags, test_tags = pool.tags[:, 1:], tags_of(test.masks, len(test.classes))[:, 1:].float()
@@ -218,18 +223,10 @@ def _folder(experiment: Cell, recipe: TagRecipe, data_root: Path | None) -> Sets
 
     return Sets(
         pool, int(pool.labels.sum(1).max()), len(test.classes), batches, None, shown,
-        stacked([_unmasked(train, index) for index in shown.tolist()], recipe.crop), pool.labels[shown],
+        stacked([unmasked(train, index) for index in shown.tolist()], recipe.crop), pool.labels[shown],
         stacked([test.read(index) for index in first.tolist()], recipe.crop), true_tags[first].float(), None,
         f"{pool.digest}+{test.digest}",
     )  # fmt: skip
-
-
-def _unmasked(folder: MaskFolder, index: int) -> tuple[Tensor, Tensor]:
-    """A training image with a mask of 255."""
-    picture = folder.image(index)
-    image = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    image = image.view(picture.height, picture.width, 3).permute(2, 0, 1)
-    return image, torch.full((picture.height, picture.width), IGNORE, dtype=torch.uint8)
 
 
 def build(method: str, recipe: TagRecipe, classes: int) -> tuple[nn.Module, dict[str, str]]:
@@ -261,23 +258,6 @@ def build(method: str, recipe: TagRecipe, classes: int) -> tuple[nn.Module, dict
         other, _, other_head = trunk_parts()
         return Pair(trunk, Trunk(other, classes, other_head)), origin
     return trunk, origin
-
-
-def check_scenes(experiment: Cell, recipe: TagRecipe) -> None:
-    """Raise SettingError for what the scenes cannot give."""
-    if not (recipe.images and recipe.tests):
-        raise SettingError(f"images is {recipe.images}, tests {recipe.tests}: scenes need at least one of both")
-    if recipe.crop not in SIZES:
-        raise SettingError(f"crop is {recipe.crop}; scenes are made at the crop's size, {SIZES[0]} to {SIZES[-1]}")
-    if not 1 <= experiment.labels <= recipe.images:
-        raise SettingError(
-            f"labels is {experiment.labels}, the number of scenes whose tags are shown: 1 to images, {recipe.images}"
-        )
-
-
-def spread(count: int, chosen: int) -> Tensor:
-    """Up to `chosen` of the numbers below `count`, evenly spread, int64."""
-    return torch.linspace(0, count - 1, min(chosen, count)).long()
 
 
 def centred(tags: Tensor, masks: Tensor) -> Tensor:

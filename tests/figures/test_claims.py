@@ -77,7 +77,9 @@ def test_the_interval_by_hand():
 @given(DIFFERENCES.filter(lambda values: len(values) > 1))
 def test_p_is_that_of_the_permutation_test(differences):
     exact = {"permutation_type": "samples", "alternative": "greater", "n_resamples": np.inf}
-    assert flips(differences) == pytest.approx(stats.permutation_test((np.array(differences),), np.mean, **exact).pvalue)
+    assert flips(differences) == pytest.approx(
+        stats.permutation_test((np.array(differences),), np.mean, **exact).pvalue
+    )
 
 
 def test_p_by_hand_with_ties_and_zeros_counted_as_reached():

@@ -158,7 +158,10 @@ def test_runs_and_their_cost_are_listed_with_the_commands_that_repeat_them(csl):
     assert len(runs) == 4
     row = runs.loc[next(run for run in runs.index if run.startswith("unimatch"))]
     assert row["result"] == "mIoU 60.00 %, ECE 5.00 % (15 right-closed bins)" and row["training"] == "12 s"
-    assert row["command"] == "python -m repro run --paper csl --method unimatch --data scenes --labels 20 --seed 0 --scale mini"
+    assert (
+        row["command"]
+        == "python -m repro run --paper csl --method unimatch --data scenes --labels 20 --seed 0 --scale mini"
+    )
     (cost,) = desk.cost(csl).data.to_dict("records")
     assert cost["finished"].startswith("4 of ") and cost["training"] == "0:48"
     assert cost["one run"] == "12 to 12 s, median 12 s" and cost["images/s"] == "50 to 50"

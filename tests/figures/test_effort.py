@@ -115,7 +115,10 @@ def test_a_point_for_each_row_and_budget_and_one_for_full_supervision(root):
 
 
 def test_classifiers_are_counted_once_and_at_one_budget(tmp_path):
-    items = [*PAPERS["commatch"].main_experiments("mini", (0, 1)), *PAPERS["calibratemix"].main_experiments("mini", (0,))]
+    items = [
+        *PAPERS["commatch"].main_experiments("mini", (0, 1)),
+        *PAPERS["calibratemix"].main_experiments("mini", (0,)),
+    ]
     for number, item in enumerate(items):
         write_run(item, tmp_path, error=0.3 - 0.01 * number, accuracy=0.7 + 0.01 * number, ece_15=0.1)
     points = effort.classified("mini", (0, 1), tmp_path)

@@ -6,21 +6,21 @@ import pandas as pd
 import pytest
 
 from figures import desk, publish
-from repro.batch import local, records
+from repro.batch import records
 from repro.experiment import Experiment, run_id
 from repro.files import read_json, write_json
 from tests.fake_runs import write_run
 
-RENDERED = local.COMMITTED.parent
+RENDERED = records.COMMITTED_RUNS.parent
 
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
     """Finished runs with the committed numbers of every rule and kind of weights."""
     root = tmp_path_factory.mktemp("committed")
-    numbers = pd.read_csv(records.numbers_of(local.COMMITTED), dtype=str, keep_default_na=False)
+    numbers = pd.read_csv(records.numbers_of(records.COMMITTED_RUNS), dtype=str, keep_default_na=False)
     by_run = {run: part.to_dict("records") for run, part in numbers.groupby("run")}
-    for row in records.load_runs(local.COMMITTED).to_dict("records"):
+    for row in records.load_runs(records.COMMITTED_RUNS).to_dict("records"):
         of_run = [row["paper"], row["method"], row["data"], int(row["labels"]), int(row["seed"]), row["scale"]]
         item, reported = Experiment(*of_run, tuple(json.loads(row["overrides"]).items())), {}
         assert run_id(item) == row["run"]

@@ -32,7 +32,10 @@ def printed(method, value, std=None, paper="USB", table="T1", dataset="CIFAR-10"
     return Published(paper, table, dataset, split, backbone, method, "best", "error_rate", value, std, "readme")
 
 
-ROWS = (Row("Supervised", "supervised", published=("Supervised",)), Row("FixMatch", "fixmatch", published=("FixMatch",)))
+ROWS = (
+    Row("Supervised", "supervised", published=("Supervised",)),
+    Row("FixMatch", "fixmatch", published=("FixMatch",)),
+)
 NUMBERS = (printed("FixMatch", 8.33, 1.41),)
 TABLE = Table("t", "Test table", "commatch", ROWS, (CIFAR,), (FASHION,), NUMBERS, (USB, OWN))
 
@@ -40,7 +43,9 @@ SCENES, PASCAL = Column("scenes", 20, MASKS), Column("voc", 92, MASKS)
 
 
 def masked(value, dataset="Pascal VOC 2012 (classic)", split="1/16 (92)", backbone="ResNet-101"):
-    return Published("UniMatch", "README", dataset, split, backbone, "UniMatch", "crop 321", "mIoU", value, None, "readme")
+    return Published(
+        "UniMatch", "README", dataset, split, backbone, "UniMatch", "crop 321", "mIoU", value, None, "readme"
+    )
 
 
 MASK_ROWS = (Row("UniMatch", "unimatch", published=("UniMatch",)), Row("CSL", "csl"))
@@ -271,7 +276,9 @@ def test_published_grid_shows_all_columns_of_one_source_and_accuracies_as_errors
         "CIFAR-10, 250 labels": ["not available"] * 2,
     }
     accuracy = dataclasses.replace(printed("FixMatch", 91.67, 1.41), metric="accuracy")
-    assert published_grid(dataclasses.replace(TABLE, published=(accuracy,)), USB).loc["FixMatch"].item() == "8.33 ± 1.41"
+    assert (
+        published_grid(dataclasses.replace(TABLE, published=(accuracy,)), USB).loc["FixMatch"].item() == "8.33 ± 1.41"
+    )
 
 
 def test_markdown_is_a_table_of_equal_rows_with_pipes_escaped_and_groups_named_once():

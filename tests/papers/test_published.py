@@ -1,9 +1,8 @@
-import dataclasses
 
 import pytest
 
 from repro.papers import published
-from repro.papers.published import Derived, Published, PublishedError, Reference, lookup, read
+from repro.papers.published import PublishedError, Reference, lookup, read
 
 HEADER = "paper,table,dataset,split,backbone,method,setting,metric,value,std,source"
 ROW = "USB,T,CIFAR-10,40,WRN-28-2 (per config),FixMatch,best,error_rate,8.33,1.41,readme"
@@ -221,12 +220,3 @@ def test_the_packaged_files_are_whole_and_every_row_has_its_source(name, count):
 def test_packaged_errors_are_the_published_ones(paper, table, data, labels, names, error):
     row = lookup(published.load("ssl_baselines"), Reference(paper, table), data, labels, names)
     assert 100 * row.fraction()[0] == pytest.approx(error, abs=5e-3)
-
-
-def test_a_derived_number_is_another_type_and_says_so():
-    derived = Derived("CIFAR-10", "4000", "ComMatch", "error_rate", 3.77, "4.31 minus .54")
-    assert not isinstance(derived, Published)
-    assert str(derived) == (
-        "ComMatch, CIFAR-10 with 4000 labels: error_rate 3.77 (derived, not published: 4.31 minus .54)"
-    )
-    assert {"working"} <= {field.name for field in dataclasses.fields(derived)}

@@ -10,6 +10,7 @@ from repro.methods.image_tags.dupl import Pair
 from repro.methods.image_tags.pcre import PCRESettings
 from repro.methods.image_tags.pcre_network import PCRENetwork, RegionDecoder
 from repro.methods.image_tags.trunk import Trunk
+from repro.tasks.common import square, stacked
 from repro.tasks.previews import (
     EXPLORED_SCALES,
     block_grad_cam,
@@ -18,8 +19,6 @@ from repro.tasks.previews import (
     rolled_out,
     small_images,
     small_labels,
-    square,
-    stacked,
     trunk_of,
 )
 from tests.methods.image_tags.fakes import CLASSES, LAYOUT, SIDE, Head, encoder
