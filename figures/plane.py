@@ -27,7 +27,7 @@ from repro.data.masks import IGNORE, palette
 from repro.data.masks_sources import MASK_SOURCES
 from repro.data.scenes import DEFAULT
 from repro.experiment import Experiment
-from repro.methods.few_masks.separation import Reliable, pixel_weights, reliable_statistics, separate
+from repro.methods.few_masks.csl import Reliable, pixel_weights, reliable_statistics, separate
 from repro.runs import folder_of, is_finished, load_moments, load_outputs
 from repro.settings import SettingError
 

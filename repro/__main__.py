@@ -199,7 +199,7 @@ def _planned(paper, table, ablation, claims, main, scale, seeds, stale, runs) ->
     from repro.batch import plan
 
     claims = EVERY in claims or claims
-    selection = plan.select(paper, table, ablation, claims, main, scale, plan.seeds(seeds))
+    selection = plan.select(paper, table, ablation, claims, main, scale, plan.first_seeds(seeds))
     return plan.plan(selection, runs, stale)
 
 
@@ -224,7 +224,7 @@ def report(
     from repro.batch import plan, report
     from repro.runs import runs_folder
 
-    print(report.build(scale, plan.seeds(seeds), runs or runs_folder(), publish=publish))
+    print(report.build(scale, plan.first_seeds(seeds), runs or runs_folder(), publish=publish))
 
 
 @app.command()

@@ -26,7 +26,7 @@ from repro.experiment import Experiment, record, run_id
 from repro.files import CorruptFile, load_state, read_json
 from repro.grid import PAPERS, checked_seeds
 from repro.recipe import SCALES
-from repro.settings import unknown
+from repro.settings import SettingError, unknown
 from repro.train import CHECKPOINT
 
 FINISHED, STALE, HALF, CHANGED, MISSING, FAILED = STATES = (
@@ -39,6 +39,13 @@ UNKNOWN_SECONDS, TINY_SECONDS = 120.0, 5.0  # guesses for a method that was neve
 
 
 # Which experiments
+
+
+def first_seeds(count: int) -> range:
+    """The first `count` seeds; SettingError below 1."""
+    if count < 1:
+        raise SettingError(f"seeds is {count}; it must be at least 1")
+    return range(count)
 
 
 def select(

@@ -17,7 +17,7 @@ from repro.data.scribble_layout import FRAME, FramePool, PaddedViews, framed, op
 from repro.data.scribbles import draw_scribbles, reaches_of
 from repro.measure.segmentation import SegmentationSums, confusion, mean_iou, pixel_accuracy, whole_image
 from repro.methods.scribbles import METHODS
-from repro.methods.scribbles.steps import BLUR
+from repro.methods.scribbles.common import BLUR
 from repro.models.modes import evaluating
 from repro.recipe import Cell, ScribbleRecipe
 from repro.settings import SettingError

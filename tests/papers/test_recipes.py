@@ -10,7 +10,7 @@ from repro.data.scribbles import LENGTHS as DRAWN
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS
 from repro.methods import few_labels, few_masks, image_tags, scribbles
-from repro.methods.scribbles.losses import outlier_model
+from repro.methods.scribbles.common import outlier_model
 from repro.papers import recipes
 from repro.settings import SettingError
 

@@ -11,7 +11,7 @@ from repro.methods.image_tags.pcre import PCRESettings
 from repro.methods.image_tags.pcre_network import PCRENetwork, RegionDecoder
 from repro.methods.image_tags.trunk import Trunk
 from repro.tasks.common import square, stacked
-from repro.tasks.previews import (
+from repro.tasks.tags import (
     EXPLORED_SCALES,
     block_grad_cam,
     explored,

@@ -341,7 +341,7 @@ SMALL = {"toco": {"side": 8, "hidden": 32, "crops": 3}}
 @pytest.fixture
 def voc(monkeypatch, tmp_path):
     """Seven training images and three of val, without the package that CRFs of large images need."""
-    monkeypatch.setattr("repro.tasks.crf_scores.has_lattice", lambda: False)
+    monkeypatch.setattr("repro.tasks.tags.has_lattice", lambda: False)
     small_voc(monkeypatch, tmp_path, train=4, extra=3, val=3)
     tag_voc(tmp_path / "VOCdevkit" / "VOC2012")
     return tmp_path
@@ -439,7 +439,7 @@ def test_a_stopped_run_on_files_ends_as_if_undisturbed(voc, tmp_path):
 
 
 def test_coco_needs_masks_of_val_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr("repro.tasks.crf_scores.has_lattice", lambda: False)
+    monkeypatch.setattr("repro.tasks.tags.has_lattice", lambda: False)
     tag_coco(monkeypatch, tmp_path)
     read = []
     real = MaskFolder.mask

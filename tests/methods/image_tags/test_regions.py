@@ -23,7 +23,6 @@ from repro.methods.image_tags.regions import (
     squared_distances,
 )
 from repro.settings import SettingError
-from tests.methods.few_labels.test_synchronisation import Watch
 
 
 def drawn(seed, batch=2, grid=(4, 5), classes=4, sharp=3.0):
@@ -320,17 +319,6 @@ def test_largest_is_the_argmax_of_each_set():
         chosen = values[image].masked_fill(~joined[image, place, :, None], -1)
         assert torch.equal(found[image, place], chosen.argmax(0))
     assert found.shape == (3, 3, 40) and found.ge(0).all() and found.lt(9).all()
-
-
-def test_nothing_waits_for_the_device():
-    masks, confidence, tags = drawn(7)
-    masks.requires_grad_()
-    with Watch() as watch:
-        for resize in ("each", "group"):
-            pairs = shown_classes(tags, 3)
-            regions = refined_regions(gate(masks, 2.0), confidence, pairs, (9, 9), Expansion(resize=resize))
-            by_class(regions.masks, pairs, 4).sum().backward()
-    assert watch.seen == []
 
 
 def test_rules_are_checked():
