@@ -28,9 +28,9 @@ def execute(tmp_path):
     """Execute a notebook of these cells in the folder `run`; returns its failure."""
 
     def execute(*cells, **how):
-        notebooks = small_notebooks.plain(tmp_path / "notebooks", *cells)
+        notebook = small_notebooks.plain(tmp_path / "notebooks", *cells)
         record = asked(TINY) | how.pop("record", {})
-        return once.execute(record, tmp_path / "run", device="cpu", notebooks=notebooks, **how)
+        return once.execute(record, tmp_path / "run", device="cpu", notebook=notebook, **how)
 
     return execute
 
@@ -116,11 +116,11 @@ def test_a_second_attempt_is_made_only_where_it_can_help(execute, tmp_path):
 
 def test_sigterm_saves_a_checkpoint_and_the_run_ends_as_if_undisturbed(tmp_path):
     """The command itself, stopped in the middle of training, then typed again without what only a batch knows."""
-    notebooks = small_notebooks.training(tmp_path / "notebooks")
+    notebook = small_notebooks.training(tmp_path / "notebooks")
     experiment = TINY.with_(steps=200, eval_every=200, checkpoint_every=200, log_every=1)
     root, folder = tmp_path / "runs", runs.folder_of(experiment, tmp_path / "runs")
     command = [sys.executable, "-m", "repro.batch.once", "--record", json.dumps(asked(experiment)), "--device", "cpu"]
-    command += ["--runs", str(root), "--notebooks", str(notebooks)]
+    command += ["--runs", str(root), "--notebook", str(notebook)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not ((folder / "history.jsonl").exists() and (folder / "history.jsonl").stat().st_size):
         assert process.poll() is None
@@ -150,7 +150,7 @@ def test_a_wrong_record_is_refused_before_anything_starts(tmp_path, capsys):
 
 def test_a_run_ends_with_the_process_that_started_it(tmp_path):
     """The starter is killed, which it cannot pass on; the run stops itself, and its kernel with it."""
-    notebooks = small_notebooks.plain(
+    notebook = small_notebooks.plain(
         tmp_path / "notebooks",
         "import os, pathlib, time\npathlib.Path(runs_root, 'kernel').write_text(str(os.getpid()))\ntime.sleep(600)",
     )
@@ -160,7 +160,7 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path):
         "'--parent', str(os.getpid()), *sys.argv[1:]]\n"
         "subprocess.Popen(command, start_new_session=True).wait()"
     )
-    arguments = ["--record", json.dumps(asked(TINY)), "--runs", str(tmp_path), "--notebooks", str(notebooks)]
+    arguments = ["--record", json.dumps(asked(TINY)), "--runs", str(tmp_path), "--notebook", str(notebook)]
     process = subprocess.Popen([sys.executable, "-c", starter, *arguments])
     kernel = tmp_path / "kernel"
     while not (kernel.exists() and kernel.read_text()):
