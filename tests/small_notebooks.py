@@ -23,8 +23,8 @@ as_it_is = types.SimpleNamespace(disable=lambda function, *a, **k: function, gra
 sys.modules["torch._dynamo"] = as_it_is  # SGD imports the compiler, which takes seconds
 import torch
 from repro import runs
-from repro.data import images
-images._load = lambda source, split, root: torch.load({copy!r}, weights_only=False)[split]
+from repro.data import catalogue
+catalogue._load = lambda source, split, root: torch.load({copy!r}, weights_only=False)[split]
 from repro.experiment import Experiment
 experiment = Experiment(paper, method, data, labels, seed, scale, overrides)
 """
