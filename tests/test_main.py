@@ -251,7 +251,7 @@ def test_bad_input_to_a_batch_is_one_line_and_status_2(monkeypatch, tmp_path, ca
 def test_finished_runs_are_exported(tmp_path, capsys):
     mine = write_run(Experiment(), tmp_path / "mine").name
     sent = tmp_path / "sent.parquet"
-    assert main(["export", "--to", str(sent), "--runs", str(tmp_path / "mine"), "--label", "ann", "--scale", "mini"]) == 0
+    assert main(["export", "--to", str(sent), "--runs", str(tmp_path / "mine"), "--label", "ann"]) == 0
     assert capsys.readouterr().out.startswith("1 runs, ")
     assert set(pd.read_parquet(sent)["run"]) == {mine}
 

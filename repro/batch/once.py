@@ -1,10 +1,10 @@
 """One run as a notebook: papermill executes `notebooks/run.ipynb` in a kernel of its own.
 
-This is the command of a batch's jobs, whatever starts them; for one run by hand there is `python -m repro run`. A run succeeded if and only if its `metrics.json` exists:
-the notebook can look complete although its kernel died. A run leaves `notebook.ipynb`; one that failed leaves
-`failed.ipynb`, as far as it came, and `failure.json` with its class.
+This is the command of every job of a batch. For one run by hand there is `python -m repro run`. A run succeeded if and
+only if its `metrics.json` exists: the notebook can look complete although its kernel died. A finished run leaves
+`notebook.ipynb`. A failed one leaves `failed.ipynb`, executed up to the failure, and `failure.json` with its class.
 
-The batch has checked the record, so that nothing here needs torch, which the kernel loads anyway.
+The batch has checked the record. Nothing here needs torch, since the kernel loads it anyway.
 """
 
 import argparse

@@ -44,7 +44,9 @@ def build(
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     if publish and (reason := unpublished(scale, seeds, root)):
-        raise SettingError(f"not published: {reason}; train it, or delete {records.COMMITTED_RUNS.name} first if it is to go")
+        raise SettingError(
+            f"not published: {reason}; train it, or delete {records.COMMITTED_RUNS.name} first if it is to go"
+        )
     root = Path(root).resolve()
     folder = root / f"report-{scale}"
     page, made = folder / "index.html", folder / "inputs.json"

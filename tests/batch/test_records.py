@@ -1,4 +1,4 @@
-"""Committed results are read back bit by bit, absent apart from undefined; exports have every number, for any reader."""
+"""Committed results are read back bit by bit, absent apart from undefined; exports have every number."""
 
 import math
 

@@ -252,8 +252,8 @@ def test_a_run_in_somebody_elses_hands_is_waited_for_or_named(notebook, tmp_path
     """A kernel that outlives its killed batch holds the run's lock for a moment; then the run goes on by itself."""
     folder = runs.folder_of(TINY, tmp_path)
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import pathlib, sys, time; from filelock import FileLock\nfolder = pathlib.Path(sys.argv[1])\n"
-         "folder.mkdir()\nlock = FileLock(folder / '.lock')\nlock.acquire()\n"
+        [sys.executable, "-c", "import pathlib, sys, time; from filelock import FileLock\n"
+         "folder = pathlib.Path(sys.argv[1])\nfolder.mkdir()\nlock = FileLock(folder / '.lock')\nlock.acquire()\n"
          "print('held', flush=True)\ntime.sleep(2)", str(folder)], stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout.readline() == "held\n"
