@@ -183,7 +183,8 @@ def alone(root: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             name = holder.read_text(encoding="utf-8").strip()
         raise runs.RunBusy(
-            f"{root} is being rerun by {name or 'another process'}; wait for it, stop it, or name another folder: --runs"
+            f"{root} is being rerun by {name or 'another process'}; wait for it, stop it, or name another folder: "
+            f"--runs"
         ) from error
     except (OSError, NotImplementedError) as error:
         raise OSError(

@@ -87,7 +87,7 @@ def lost(path: Path, experiments: Iterable[Experiment], root: Path) -> list[str]
 
 
 def load_numbers(path: Path, rule: str = "last", weights: str = "ema") -> pd.DataFrame:
-    """A row a run and metric of one rule and kind of weights: the columns of the file of runs, metric, value (float)."""
+    """A row a run and metric of one rule and kind of weights: columns of the file of runs, metric, value (float)."""
     frame = load_runs(path)
     if frame.empty or not numbers_of(path).exists():
         return frame.iloc[:0].assign(metric=[], value=[])

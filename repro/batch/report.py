@@ -67,13 +67,11 @@ def build(
 def unpublished(scale: str, seeds: Sequence[int], root: Path) -> str:
     """Why results of these runs must not replace the committed ones; empty where they may."""
     lost = records.lost(records.COMMITTED_RUNS, plan.select(scale=scale, seeds=seeds), root)
+    if not lost:
+        return ""
     return (
-        lost
-        and (
-            f"{len(lost)} committed run{'s' * (len(lost) > 1)} would be dropped, such as {lost[0]}: not finished in "
-            f"{Path(root).name}/, or not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
-        )
-        or ""
+        f"{len(lost)} committed run{'s' * (len(lost) > 1)} would be dropped, such as {lost[0]}: not finished in "
+        f"{Path(root).name}/, or not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
     )
 
 
@@ -140,15 +138,8 @@ def would_train(paper: str, scale: str, root: Path) -> bool:
 def _execute(name: str, to: Path, parameters: dict[str, Any]) -> None:
     """Execute a notebook by papermill in a process of its own."""
     given = [word for key, value in parameters.items() if value is not None for word in ("-p", key, str(value))]
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(NOTEBOOKS / f"{name}.ipynb"),
-        str(to),
-        "--no-progress-bar",
-        *given,
-    ]
+    notebook = str(NOTEBOOKS / f"{name}.ipynb")
+    command = [sys.executable, "-m", "papermill", notebook, str(to), "--no-progress-bar", *given]
     done = subprocess.run(command, capture_output=True, text=True, cwd=NOTEBOOKS)
     if done.returncode:
         raise RuntimeError(f"{name}.ipynb: papermill failed\n{done.stderr[-3000:]}")
