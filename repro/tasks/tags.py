@@ -33,9 +33,9 @@ from repro.measure import segmentation
 from repro.measure.segmentation import combined, confusion, iou, mean_iou, plain, scale_logits
 from repro.methods.image_tags import METHODS
 from repro.methods.image_tags.afa import AFANetwork
+from repro.methods.image_tags.common import Trunk
 from repro.methods.image_tags.dupl import Pair
-from repro.methods.image_tags.pcre_network import PCRENetwork, RegionDecoder
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.pcre import PCRENetwork, RegionDecoder
 from repro.models.modes import evaluating
 from repro.models.pretrained import initialise
 from repro.models.vit import DILATIONS, LAYOUTS, MINI_DILATIONS, DilatedHead, LargeFov, ViT, vit

@@ -19,7 +19,7 @@ from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.scenes import scenes
 from repro.measure.segmentation import confusion, iou, mean_iou
 from repro.methods.image_tags import METHODS
-from repro.methods.image_tags.regions import refined_regions, shown_classes
+from repro.methods.image_tags.pcre import refined_regions, shown_classes
 from repro.models.pretrained import WeightsError
 from repro.recipe import TagRecipe
 from repro.runs import load_moments
