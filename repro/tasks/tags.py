@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from repro import cam
 from repro.cam import attention_rollout, bilinear, grad_cam, min_max, widened
 from repro.data.catalogue import DataError
+from repro.data.folders import open_masks, open_tags
 from repro.data.mask_views import PADDING, TAGS, Crop, MaskViews
 from repro.data.masks import MaskPool, draw_masks, show_tags, tags_of
-from repro.data.masks_sources import open_masks, open_tags
 from repro.data.pools import TagPool, draw_tags, read_ahead
 from repro.data.scenes import scenes
 from repro.measure import segmentation

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from repro import cam
-from repro.data import masks_sources
+from repro.data import folders as masks_sources
 from repro.data.catalogue import DataError
+from repro.data.folders import MaskFolder, open_masks, open_tags
 from repro.data.masks import choose, tags_of
-from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.scenes import scenes
 from repro.measure.segmentation import confusion, iou, mean_iou
 from repro.methods.image_tags import METHODS

@@ -19,8 +19,7 @@ from repro.data.masks import IGNORE
 from repro.methods.scribbles.common import Options, ScribbleMethod, View, outlier_model, proposal_losses
 from repro.models.modes import evaluating
 from repro.settings import SettingError, check, hyper
-from repro.solvers.cuts import Problem, Solution, SolverSettings, solve_all, start_workers
-from repro.solvers.expansion import BACK_ENDS
+from repro.solvers.cuts import BACK_ENDS, Problem, Solution, SolverSettings, solve_all, start_workers
 from repro.solvers.potts import contrast_grid, problems, wide
 from repro.train import Items, Losses, PixelLabels
 
