@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repro.data.mask_views import PADDING, MaskViews, hide
+from repro.data.mask_views import MaskViews, hide
 from repro.data.masks import IGNORE
 from repro.methods.scribbles.common import (
     Options,
