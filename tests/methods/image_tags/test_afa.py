@@ -8,7 +8,7 @@ from torch import nn
 from repro.cam import refined_labels
 from repro.methods.image_tags import METHODS
 from repro.methods.image_tags.afa import AFA, AFANetwork, AFASettings
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.common import Trunk
 from repro.models.vit import vit
 from repro.settings import SettingError
 from repro.train import Ema

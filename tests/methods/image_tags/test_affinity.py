@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.image_tags.affinity import (
+from repro.methods.image_tags.afa import (
     affinity_loss,
     affinity_pairs,
     neighbours,

@@ -7,14 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.image_tags.contrast import (
-    class_contrast,
-    cosines,
-    crop_contrast,
-    patch_contrast,
-    prototype_cam,
-    updated_prototypes,
-)
+from repro.methods.image_tags.common import cosines, patch_contrast
+from repro.methods.image_tags.pcre import class_contrast, prototype_cam, updated_prototypes
+from repro.methods.image_tags.toco import crop_contrast
 
 B, N, C, D = 3, 6, 4, 5
 

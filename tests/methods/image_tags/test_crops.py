@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repro.methods.image_tags.crops import choose_crops, confidence_levels, cut
+from repro.methods.image_tags.toco import choose_crops, confidence_levels, cut
 
 
 def generator(seed=0):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from repro.methods.image_tags.dupl_labels import (
+from repro.methods.image_tags.dupl import (
     VOC_TARGETS,
     class_thresholds,
     component_logs,

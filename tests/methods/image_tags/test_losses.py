@@ -6,17 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repro.methods.image_tags.losses import (
-    balanced_cross_entropy,
-    confidence_loss,
-    dense_energy,
-    energy_gate,
-    fused,
-    gated_energy,
-    refine_loss,
-    tag_loss,
-)
-from repro.methods.image_tags.regions import Pairs, shown_classes
+from repro.methods.image_tags.common import balanced_cross_entropy, dense_energy, energy_gate, gated_energy, tag_loss
+from repro.methods.image_tags.pcre import Pairs, confidence_loss, fused, refine_loss, shown_classes
 
 B, C, H, W = 3, 4, 5, 6
 

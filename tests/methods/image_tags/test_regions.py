@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.image_tags.maxima import largest, region_masks
-from repro.methods.image_tags.regions import (
+from repro.methods.image_tags.pcre import (
     Expansion,
     by_class,
     candidates,
@@ -17,8 +16,10 @@ from repro.methods.image_tags.regions import (
     grow,
     image_score,
     joint_confidence,
+    largest,
     radius,
     refined_regions,
+    region_masks,
     shown_classes,
     squared_distances,
 )
@@ -260,7 +261,7 @@ def test_regions_behind_the_gate_are_the_loops(r, expand):
 
 
 def test_a_long_image_is_resized_in_parts(monkeypatch):
-    monkeypatch.setattr("repro.methods.image_tags.maxima.CHUNK", 1)
+    monkeypatch.setattr("repro.methods.image_tags.pcre.CHUNK", 1)
     masks, confidence, tags = drawn(5, grid=(5, 3))
     same(masks, confidence, tags, (20, 7), Expansion())
     same(masks, confidence, tags, (5, 3), Expansion())  # its own size: nothing to resize
