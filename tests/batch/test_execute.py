@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ import torch
 
 from repro import runs
 from repro.batch import execute, once
-from repro.batch.execute import Summary, alone, visible_gpus
+from repro.batch.execute import Summary, visible_gpus
 from repro.batch.plan import STALE, plan
 from repro.experiment import record
 from repro.files import write_json
@@ -97,7 +96,9 @@ def test_one_that_fails_stops_no_other_and_the_summary_names_its_class(batch, ca
     summary = batch(body, [TINY, *others], workers=2)
     assert set(summary.finished) == set(others) and summary.exit_status == 1
     assert summary.failed == [(TINY, "bug", "line\nIndexError: 3")]
-    table = capsys.readouterr().out.split("2 finished, 0 finished before, 1 failed\n\n")[1].splitlines()
+    printed = capsys.readouterr().out
+    table = printed.split("2 finished, 0 finished before, 1 failed\n\n")[1].splitlines()
+    assert ", about 0:05 left] 1 of 3: " in printed and "] 3 of 3: " in printed
     assert table[0].split() == ["class", "run", "last", "line"]
     assert table[1].startswith("bug    supervised on fashion") and table[1].endswith("  IndexError: 3")
 
@@ -214,27 +215,19 @@ def test_wrong_settings_are_refused_before_anything_is_written(batch, how, text)
     assert not batch.root.exists()
 
 
+def test_the_quickest_run_comes_first_then_the_longest():
+    jobs = [execute.Job(TINY.with_(seed=seed), execute.HERE, (), seconds)
+            for seed, seconds in enumerate((30.0, 5.0, 90.0, 30.0, 60.0))]  # fmt: skip
+    assert [job.experiment.seed for job in execute.ordered(jobs)] == [1, 2, 4, 0, 3]
+    assert execute.ordered([]) == [] and execute.ordered(jobs[:1]) == jobs[:1]
+    assert execute.wall_seconds(jobs, 2) == 107.5 and execute.wall_seconds(jobs, 9) == 90.0
+
+
 def test_without_snakemake_the_local_pool_runs_and_a_profile_says_what_to_install(batch, monkeypatch):
     monkeypatch.setattr(execute.importlib.util, "find_spec", lambda name: None)
     assert batch(finishing(TINY), engine="auto").finished == [TINY]
     with pytest.raises(SettingError, match="Snakemake is not installed; pip install"):
         batch("", engine="snakemake")
-
-
-def test_a_second_batch_is_told_who_is_busy(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from repro.batch.execute import alone\n"
-         "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(tmp_path)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(runs.RunBusy, match=rf"being rerun by process {holder.pid} on .+ since .+; wait for it"):
-        with alone(tmp_path):
-            raise AssertionError
-    holder.kill()
-    holder.wait()
-    with alone(tmp_path):
-        pass
 
 
 def test_the_summary_of_notes():
