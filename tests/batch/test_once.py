@@ -49,6 +49,21 @@ def test_a_finished_run_leaves_its_notebook_and_its_parameters_arrive(execute, t
     assert json.loads(printed["text"]) == ["supervised", 100, 0, overrides, str(tmp_path), None, "cpu"]
 
 
+@pytest.mark.parametrize("overrides", [TINY.overrides, (("learning", 1.0),)], ids=["a run", "an unknown setting"])
+def test_the_notebook_of_batches_shows_the_run(tmp_path, overrides):
+    """`run.ipynb` itself: the recipe, the numbers of the run and its loss curves."""
+    folder = runs.folder_of(TINY, tmp_path)
+    failure = once.execute(asked(TINY) | {"overrides": dict(overrides)}, folder, device="cpu")
+    if overrides != TINY.overrides:
+        assert failure.kind == "bad input" and "unknown setting of supervised 'learning'" in failure.message
+        return
+    assert failure is None and runs.load_metrics(folder)["run"] == folder.name
+    cells = nbformat.read(folder / "notebook.ipynb", as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    assert folder.name in "".join(output.get("text", "") for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+
+
 CASES = {
     "an exception": ("numbers = []\nnumbers[1]", "bug", "IndexError: list index out of range"),
     "no metrics": ("1 + 1", "bug", "the notebook ended, but left no metrics.json of this run"),
