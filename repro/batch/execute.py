@@ -218,10 +218,11 @@ def _unfinished(planned: Sequence[Planned], root: Path, summary: Summary) -> lis
 def _check_finished(experiment: Experiment, folder: Path) -> None:
     """Raise CorruptFile unless the files of a finished run are those of this experiment."""
     wanted = json.loads(json.dumps(record(experiment)["recipe"]))
-    for name, saved in (("metrics.json", runs.load_metrics(folder)), ("experiment.json", None)):
-        if name == "experiment.json" and (folder / name).exists():
-            saved = read_json(folder / name)
-        if saved is not None and (not isinstance(saved, dict) or saved.get("recipe", wanted) != wanted):
+    found = {"metrics.json": runs.load_metrics(folder)}
+    if (folder / "experiment.json").exists():
+        found["experiment.json"] = read_json(folder / "experiment.json")
+    for name, saved in found.items():
+        if not isinstance(saved, dict) or saved.get("recipe", wanted) != wanted:
             raise CorruptFile(
                 f"{folder / name} was edited: it is not the record of this run; restore it, or delete the folder to "
                 f"run it again"
@@ -244,8 +245,8 @@ def _arguments(root, device, gpus, time_limit, data_root, notebook) -> list[str]
 
 
 def _job(item: Planned, root: Path, how: Sequence[str]) -> Job:
-    asked = json.dumps(record(item.experiment)["experiment"])
-    return Job(item.experiment, root / item.run, ("--record", asked, "--run", item.run, *how), item.seconds or 0.0)
+    wanted = json.dumps(record(item.experiment)["experiment"])
+    return Job(item.experiment, root / item.run, ("--record", wanted, "--run", item.run, *how), item.seconds or 0.0)
 
 
 def _opening(jobs: Sequence[Job], summary: Summary, workers: int, profile: str | None) -> str:
