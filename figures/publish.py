@@ -9,7 +9,7 @@ from repro.grid import PAPERS
 
 
 def results(asked: desk.Request) -> None:
-    """Write `results.md`, `runs.csv` and `runs_numbers.csv` if the notebook is asked to save; figures save themselves."""
+    """Write `results.md`, `runs.csv` and `runs_numbers.csv` if the notebook is asked to save."""
     if asked.save_to:
         write_text(asked.save_to / "results.md", "\n".join(markdown(asked)))
         planned = plan.select(scale=asked.scale, seeds=asked.seeds)

@@ -44,7 +44,7 @@ def build(
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     if publish and (reason := unpublished(scale, seeds, root)):
-        raise SettingError(f"not published: {reason}; train it, or delete {records.COMMITTED_RUNS.name} first if it is to go")
+        raise SettingError(f"not published: {reason}; train it, or delete {RENDERED.name}/runs.csv first")
     root = Path(root).resolve()
     folder = root / f"report-{scale}"
     page, made = folder / "index.html", folder / "inputs.json"
@@ -138,16 +138,8 @@ def would_train(paper: str, scale: str, root: Path) -> bool:
 def _execute(name: str, to: Path, parameters: dict[str, Any]) -> None:
     """Execute a notebook by papermill in a process of its own."""
     given = [word for key, value in parameters.items() if value is not None for word in ("-p", key, str(value))]
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(NOTEBOOKS / f"{name}.ipynb"),
-        str(to),
-        "--no-progress-bar",
-        *given,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=NOTEBOOKS)
+    command = [sys.executable, "-m", "papermill", str(NOTEBOOKS / f"{name}.ipynb"), str(to), "--no-progress-bar"]
+    done = subprocess.run([*command, *given], capture_output=True, text=True, cwd=NOTEBOOKS)
     if done.returncode:
         raise RuntimeError(f"{name}.ipynb: papermill failed\n{done.stderr[-3000:]}")
 
