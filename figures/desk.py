@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import functools
 import inspect
 import json
 import shlex
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from figures import across, agreement, calibration, claims, effort, labels, masks, scribbles, style, tables, tags
-from figures.common import loss_curves
+from figures.common import loss_curves, table_points
 from figures.plane import classes_of
 from figures.verdicts import claim_effects
 from repro import papers as paper_files
@@ -44,8 +43,6 @@ FIGURES = {
     "pcre": tags.pcre_figures,
     "trust_region": scribbles.trust_region_figures,
 }
-ABLATION = "ablation_"  # how the names of ablations' figures begin
-KINDS = {"labels": "few labels", "masks": "few masks", "tags": "image tags", "scribbles": "scribbles"}
 
 
 # Parameters
@@ -392,25 +389,21 @@ def show_tables(asked: Request, ablations: bool = False) -> None:
     _not_run(absent, asked)
 
 
-@functools.cache
-def _drawn(asked: Request) -> list[tuple[str, str, Figure]]:
-    return FIGURES[asked.paper](asked.scale, asked.seeds, asked.root)
-
-
 def show_figures(asked: Request) -> None:
-    """The paper's figures that finished runs can draw; ablations have a heading of their own."""
-    for name, title, figure in _drawn(asked):
-        if not name.startswith(ABLATION):
-            asked.show(figure, f"{asked.paper}_{name}", title)
+    """The paper's figures that finished runs can draw, those of ablations last."""
+    for name, title, figure in FIGURES[asked.paper](asked.scale, asked.seeds, asked.root):
+        asked.show(figure, f"{asked.paper}_{name}", title)
 
 
 def show_ablations(asked: Request) -> None:
     """A figure for each ablation of which two rows or more have been run, and the names of the others."""
-    drawn = {name: figure for name, _, figure in _drawn(asked)}
-    for name, table in asked.module.ABLATIONS.items():
-        if ABLATION + name in drawn:
-            asked.show(drawn[ABLATION + name], f"{asked.paper}_{ABLATION}{name}", table.title)
-    _not_run([one.title for name, one in asked.module.ABLATIONS.items() if ABLATION + name not in drawn], asked)
+    absent = []
+    for table in asked.module.ABLATIONS.values():
+        if blocks(table, asked, 2):
+            display(table_points(table, *asked.how, metrics=asked.module.HEADLINES))
+        else:
+            absent.append(table.title)
+    _not_run(absent, asked)
 
 
 def _not_run(titles: Sequence[str], asked: Request) -> None:
@@ -418,7 +411,6 @@ def _not_run(titles: Sequence[str], asked: Request) -> None:
         display(Markdown(f"{tables.NOT_RUN} at {asked.scale} scale:\n" + "\n".join(f"- {title}" for title in titles)))
 
 
-@functools.cache
 def decided(asked: Request, paper: str) -> list[claims.Verdict]:
     """The verdict on each claim of a paper."""
     return [claims.decide(claim, *asked.how) for claim in PAPERS[paper].CLAIMS.values()]
@@ -429,8 +421,7 @@ def verdicts(asked: Request) -> Styler:
     found = decided(asked, asked.paper)
     title = f"Claims of {_short(asked.paper)}"
     asked.show(claim_effects(found, title), f"{asked.paper}_claims", title)
-    names = ["claim", "source", "verdict", "scope", "metric", "effect", "95 % interval", "n", "published effect"]
-    return text_table(claims.as_frame(found)[[*names, "because"]])
+    return text_table(claims.as_frame(found).drop(columns="p (sign flips, one-sided)"))
 
 
 def finished_table(asked: Request) -> Styler:
