@@ -1,8 +1,8 @@
 """One run as a notebook: papermill executes `notebooks/run.ipynb` in a kernel of its own.
 
-This is the command of a batch's jobs, whatever starts them; for one run by hand there is `python -m repro run`. A run succeeded if and only if its `metrics.json` exists:
-the notebook can look complete although its kernel died. A run leaves `notebook.ipynb`; one that failed leaves
-`failed.ipynb`, as far as it came, and `failure.json` with its class.
+This is the command of a batch's jobs, whatever starts them; for one run by hand there is `python -m repro run`. A run
+succeeded if and only if its `metrics.json` exists: the notebook can look complete although its kernel died. A run
+leaves `notebook.ipynb`; one that failed leaves `failed.ipynb`, as far as it came, and `failure.json` with its class.
 
 The batch has checked the record, so that nothing here needs torch, which the kernel loads anyway.
 """

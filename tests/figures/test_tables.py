@@ -125,9 +125,8 @@ def test_an_edited_run_is_an_error_that_names_it(tmp_path):
 
 
 def test_names_agree_with_what_runs_store():
-    from repro.tasks.crf_scores import final_scores
     from repro.tasks.labels import temperature_scaled
-    from repro.tasks.tags import cam_report
+    from repro.tasks.tags import cam_report, final_scores
 
     probs, labels = torch.tensor([[0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]), torch.tensor([0, 1, 1])
     arrays = {f"{part}_{kind}": value for part in ("test", "holdout")

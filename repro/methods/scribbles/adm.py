@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repro.methods.scribbles.losses import partial_cross_entropy
-from repro.methods.scribbles.proposals import report, solving
-from repro.methods.scribbles.steps import ScribbleMethod, View
+from repro.methods.scribbles.common import ScribbleMethod, View, partial_cross_entropy
+from repro.methods.scribbles.trust_region import report, solving
 from repro.settings import check, hyper
-from repro.solvers.cuts import PADDING, UNLABELLED, SolverSettings, solve_all
-from repro.solvers.expansion import BACK_ENDS
+from repro.solvers.cuts import BACK_ENDS, PADDING, UNLABELLED, SolverSettings, solve_all
 from repro.solvers.potts import Grid, contrast_grid, problems, wide
 from repro.train import Losses
 

@@ -12,8 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from repro.methods.few_labels import calibratemix
-from repro.methods.few_labels.calibratemix import BASES, CalibrateMix, CalibrateMixSettings, scores
-from repro.methods.few_labels.pairing import PAIRINGS, cosine_similarity
+from repro.methods.few_labels.calibratemix import (
+    BASES,
+    PAIRINGS,
+    CalibrateMix,
+    CalibrateMixSettings,
+    cosine_similarity,
+    scores,
+)
 from repro.settings import SettingError
 from repro.train import Interrupted, seed_everything, train
 from tests.methods.few_labels.fakes import (
@@ -28,7 +34,6 @@ from tests.methods.few_labels.fakes import (
     view,
 )
 from tests.methods.few_labels.test_pairing import mixed_by_loops
-from tests.methods.few_labels.test_synchronisation import Watch
 
 N = 12
 
@@ -356,16 +361,6 @@ def test_the_network_is_stored_once_and_found():
     assert sum(name.endswith("head.weight") for name in method.state_dict()) == 1
     groups = method.parameter_groups(0.1)
     assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in TinyNetwork().parameters())
-
-
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("changes", [{}, {"similarity": "features", "duplicates": "count", "pairing": "random"}])
-def test_no_step_waits(base, changes):
-    method = build(base=base, **changes)
-    with Watch() as watch:
-        for step in (50, 200):
-            method.losses(batch(), now(step, teacher=TinyNetwork(seed=3).eval()))
-    assert watch.seen == []
 
 
 def test_ctaugment_is_shown_the_labelled_images_once():

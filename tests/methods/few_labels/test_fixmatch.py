@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.few_labels.fixmatch import FixMatch, FixMatchSettings, consistency_loss, pseudo_label
+from repro.methods.few_labels.common import consistency_loss, pseudo_label
+from repro.methods.few_labels.fixmatch import FixMatch, FixMatchSettings
 from repro.settings import SettingError
 from tests.methods.few_labels.fakes import (
     CLASSES,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.few_labels.flexmatch import (
+from repro.methods.few_labels.fixmatch import (
     FlexMatch,
     FlexMatchSettings,
     flexible_threshold,

@@ -26,7 +26,6 @@ from tests.methods.few_labels.fakes import (
     view,
 )
 from tests.methods.few_labels.test_flexmatch import counted_status
-from tests.methods.few_labels.test_synchronisation import Watch
 
 N = 12
 SMALL = {"warmup": 2, "refresh_every": 2, "redraw_every": 6, "delay": 1, "subset_share": 0.25, "threshold": 0.5}
@@ -277,12 +276,3 @@ def test_state_travels_in_the_state_dict():
     other.load_state_dict(method.state_dict())
     for name, value in method.named_buffers():
         assert torch.equal(value, dict(other.named_buffers())[name]), name
-
-
-def test_no_step_waits_and_ctaugment_gets_its_probe():
-    method = build()
-    with Watch() as watch:
-        for step in (0, 2, 4, 19):
-            method.losses(batch(), now(step, 20, teacher=TinyNetwork(seed=3).eval()))
-    assert watch.seen == []
-    assert len(method.views.learnt) == 4

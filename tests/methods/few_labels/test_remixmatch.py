@@ -7,15 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from repro.methods.few_labels.mixing import interleaving, mixup
-from repro.methods.few_labels.remixmatch import (
-    ReMixMatch,
-    ReMixMatchSettings,
-    RotationNetwork,
-    align,
-    follow,
-    rotate,
-)
+from repro.methods.few_labels.common import align, follow, interleaving, mixup
+from repro.methods.few_labels.mixmatch import ReMixMatch, ReMixMatchSettings, RotationNetwork, rotate
 from repro.train import Ema
 from tests.methods.few_labels.fakes import (
     CLASSES,

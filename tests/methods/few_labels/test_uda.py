@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from repro.methods.few_labels.uda import (
+from repro.methods.few_labels.baselines import (
     UDA,
     UDASettings,
     annealed_loss,

@@ -9,8 +9,7 @@ import torch
 
 from repro.data.mask_views import PADDING
 from repro.methods.scribbles import trust_region as module
-from repro.methods.scribbles.proposals import refresh
-from repro.methods.scribbles.trust_region import RobustTrustRegion, TrustRegion
+from repro.methods.scribbles.trust_region import RobustTrustRegion, TrustRegion, refresh
 from repro.tasks.monitors import PixelMonitor
 from repro.train import Interrupted, seed_everything, train
 from tests.methods.scribbles import fakes
