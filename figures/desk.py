@@ -28,6 +28,7 @@ from repro import runs
 from repro.batch import plan, progress
 from repro.batch.execute import execute
 from repro.experiment import Experiment, from_record, resolve
+from repro.files import atomic_path
 from repro.grid import PAPERS, Paper, Row, Table, column_of
 from repro.measure.metrics import METRICS, sentence
 from repro.methods.few_labels import METHODS
@@ -87,9 +88,11 @@ class Request:
 
     def show(self, figure: Figure, name: str, title: str) -> None:
         """Display a figure, and save it as `name`.png if the notebook is asked to save."""
-        display(figure, metadata={"image/png": {"alt": title}})
+        png = style.to_png(figure)  # once: a second layout may move by a fraction of a pixel
+        display({"image/png": png, "text/plain": title}, raw=True, metadata={"image/png": {"alt": title}})
         if self.save_to:
-            style.save(figure, self.save_to / f"{name}.png")
+            with atomic_path(self.save_to / f"{name}.png") as part:
+                part.write_bytes(png)
 
 
 def one_run(
