@@ -126,14 +126,14 @@ def test_an_edited_run_is_an_error_that_names_it(tmp_path):
 
 def test_names_agree_with_what_runs_store():
     from repro.tasks.labels import temperature_scaled
-    from repro.tasks.tags import cam_report, final_scores
+    from repro.tasks.tags import cam_report, protocol_scores
 
     probs, labels = torch.tensor([[0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]), torch.tensor([0, 1, 1])
     arrays = {f"{part}_{kind}": value for part in ("test", "holdout")
               for kind, value in (("logits", probs.log()), ("labels", labels))}  # fmt: skip
     stored = all_metrics(probs, labels) | temperature_scaled(arrays)
     of_masks = measured(torch.full((1, 6, 4, 4), 1 / 6), torch.zeros(1, 4, 4, dtype=torch.uint8))
-    of_tags = cam_report(torch.ones(100, 6, 6, dtype=torch.int64), 0.5) | final_scores({})
+    of_tags = cam_report(torch.ones(100, 6, 6, dtype=torch.int64), 0.5) | protocol_scores({})
     beside = {"cam_miou_train", "cam_above_chance", "potts_energy", "potts_energy_soft", "proposal_accuracy",
               "proposal_miou"}  # fmt: skip
     assert set(METRICS) <= set(stored) | set(of_masks) | set(of_tags) | beside
