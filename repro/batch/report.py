@@ -56,22 +56,21 @@ def build(
         _execute_all(scale, seeds, root, folder, publish, progress)
         _convert_all(root, folder)
         write_json(made, _inputs(scale, seeds, root) | {"published": publish})
-    for cell in read_json(folder / "index.ipynb")["cells"]:
-        for output in cell.get("outputs", []) if TOLD in cell["metadata"].get("tags", []) else []:
-            progress("".join(output.get("text", [])).strip()) if "text" in output else None
+    cells = nbformat.read(folder / "index.ipynb", as_version=4).cells
+    for output in (one for cell in cells if TOLD in cell.metadata.get("tags", []) for one in cell.outputs):
+        if output.output_type == "stream":
+            progress(output.text.strip())
     return page
 
 
 def unpublished(scale: str, seeds: Sequence[int], root: Path) -> str:
     """Why results of these runs must not replace the committed ones; empty where they may."""
     lost = records.lost(records.COMMITTED_RUNS, plan.select(scale=scale, seeds=seeds), root)
+    if not lost:
+        return ""
     return (
-        lost
-        and (
-            f"{len(lost)} committed run{'s' * (len(lost) > 1)} would be dropped, such as {lost[0]}: not finished in "
-            f"{Path(root).name}/, or not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
-        )
-        or ""
+        f"{len(lost)} committed run{'s' * (len(lost) > 1)} would be dropped, such as {lost[0]}: not finished in "
+        f"{Path(root).name}/, or not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
     )
 
 
