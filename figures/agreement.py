@@ -47,7 +47,6 @@ class Agreement:
     """
 
     experiment: Experiment
-    run: str
     metric: str
     measured: float | None
     committed: float | None
@@ -57,24 +56,26 @@ class Agreement:
     because: str
 
     @property
+    def run(self) -> str:
+        """The run's id."""
+        return run_id(self.experiment)
+
+    @property
     def warning(self) -> bool:
         """Whether identical numbers were expected and are not there."""
         return self.expected and self.verdict not in (IDENTICAL, ABSENT)
 
     def row(self) -> dict[str, str]:
         """The comparison as text, for a table."""
-        metric, both = METRICS[self.metric], None not in (self.measured, self.committed)
-        measured, committed, allowed = (
-            "undefined" if value is None else metric.show(value)
-            for value in (self.measured, self.committed, self.tolerance)
-        )
+        metric, numbers = METRICS[self.metric], (self.measured, self.committed)
+        measured, committed = ("undefined" if value is None else metric.show(value) for value in numbers)
         return {
             "run": self.run,
             "metric": metric.title,
             "measured": measured,
             "committed": "" if self.verdict == ABSENT else committed,
-            "difference": metric.show(self.measured - self.committed, signed=True) if both else "",
-            "tolerance": "" if self.tolerance is None else allowed,
+            "difference": "" if None in numbers else metric.show(self.measured - self.committed, signed=True),
+            "tolerance": "" if self.tolerance is None else metric.show(self.tolerance),
             "agreement": self.verdict,
             "because": self.because,
         }
@@ -146,12 +147,11 @@ def compare(experiment: Experiment, metrics: Mapping[str, Any], committed: pd.Da
         value, numbers = measured.get(name), own.loc[own["metric"] == name, "value"]
         if numbers.empty:
             because = "no committed run" if own.empty else "the committed run has no such metric"
-            rows.append(Agreement(experiment, run, name, value, None, None, ABSENT, False, because))
+            rows.append(Agreement(experiment, name, value, None, None, ABSENT, False, because))
             continue
         stated = None if math.isnan(numbers.iloc[0]) else float(numbers.iloc[0])
         allowed = 0.0 if same else tolerance(name, stated, cell.loc[cell["metric"] == name, "value"].tolist())
-        found = verdict(value, stated, allowed)
-        rows.append(Agreement(experiment, run, name, value, stated, allowed, found, same, why))
+        rows.append(Agreement(experiment, name, value, stated, allowed, verdict(value, stated, allowed), same, why))
     return rows
 
 

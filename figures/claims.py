@@ -198,15 +198,11 @@ class Verdict:
     @property
     def explanation(self) -> str:
         """Why this verdict, in a sentence."""
-        needed = max(0, MINIMUM_SEEDS - self.n)
         if self.n == 0:
             undefined = f"undefined for seeds {', '.join(map(str, self.undefined))}"
-            return f"{undefined if self.undefined else 'no seed is finished'}; needs {needed} seeds"
-        if needed:
-            return (
-                f"needs {needed} more seed{'s' * (needed > 1)}: p of the sign-flip test is at least {0.5**self.n:.3g} "
-                f"at n = {self.n} and can first go below {ALPHA} at n = {MINIMUM_SEEDS}"
-            )
+            return f"{undefined if self.undefined else 'no seed is finished'}; needs {MINIMUM_SEEDS} seeds"
+        if (needed := MINIMUM_SEEDS - self.n) > 0:
+            return f"needs {needed} more seed{'s' * (needed > 1)}: with {self.n}, p is at least {0.5**self.n:.3g}"
         margin = f" (margin {self.metric.show(self.claim.margin)})" if self.claim.margin else ""
         if self.verdict == INCONCLUSIVE:
             return f"the interval or the sign-flip test does not exclude no effect{margin}"

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import functools
 import inspect
 import json
 import shlex
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from figures import across, agreement, calibration, claims, effort, labels, masks, scribbles, style, tables, tags
-from figures.common import loss_curves
+from figures.common import loss_curves, table_points
 from figures.plane import classes_of
 from figures.verdicts import claim_effects
 from repro import papers as paper_files
@@ -29,6 +28,7 @@ from repro import runs
 from repro.batch import plan, progress
 from repro.batch.execute import execute
 from repro.experiment import Experiment, from_record, resolve
+from repro.files import atomic_path
 from repro.grid import PAPERS, Paper, Row, Table, column_of
 from repro.measure.metrics import METRICS, sentence
 from repro.methods.few_labels import METHODS
@@ -44,8 +44,6 @@ FIGURES = {
     "pcre": tags.pcre_figures,
     "trust_region": scribbles.trust_region_figures,
 }
-ABLATION = "ablation_"  # how the names of ablations' figures begin
-KINDS = {"labels": "few labels", "masks": "few masks", "tags": "image tags", "scribbles": "scribbles"}
 
 
 # Parameters
@@ -90,9 +88,11 @@ class Request:
 
     def show(self, figure: Figure, name: str, title: str) -> None:
         """Display a figure, and save it as `name`.png if the notebook is asked to save."""
-        display(figure, metadata={"image/png": {"alt": title}})
+        png = style.to_png(figure)  # once: a second layout may move by a fraction of a pixel
+        display({"image/png": png, "text/plain": title}, raw=True, metadata={"image/png": {"alt": title}})
         if self.save_to:
-            style.save(figure, self.save_to / f"{name}.png")
+            with atomic_path(self.save_to / f"{name}.png") as part:
+                part.write_bytes(png)
 
 
 def one_run(
@@ -227,7 +227,7 @@ def text_table(frame: pd.DataFrame) -> Styler:
 # One run
 
 
-def train(experiment: Experiment, asked: Request) -> pd.DataFrame:
+def train(experiment: Experiment, request: Request) -> pd.DataFrame:
     """Execute an experiment, or load it at once if it is finished; returns its numbers.
 
     Where somebody watches, a bar and the loss curves move while it trains; under papermill nothing is drawn.
@@ -239,43 +239,45 @@ def train(experiment: Experiment, asked: Request) -> pd.DataFrame:
         nonlocal drawn
         bar(done, total, row)
         if progress.is_watched() and (done == total or time.monotonic() - drawn > REDRAW_SECONDS):
-            (live.update if drawn > 0 else live.display)(loss_curves(experiment, asked.root))
+            (live.update if drawn > 0 else live.display)(loss_curves(experiment, request.root))
             drawn = time.monotonic()
 
-    metrics = runs.execute(experiment, asked.root, data_root=asked.data_root, device=asked.device, on_step=on_step)
+    metrics = runs.execute(
+        experiment, request.root, data_root=request.data_root, device=request.device, on_step=on_step
+    )
     spent = f"{time.monotonic() - started:.0f} s now, {metrics['cost']['train_seconds']:.0f} s of training in all"
     print(f"{metrics['run']}: {spent}, on {metrics['provenance']['device']}")
-    return numbers([experiment], asked)
+    return numbers([experiment], request)
 
 
-def train_base(asked: Request) -> pd.DataFrame:
+def train_base(request: Request) -> pd.DataFrame:
     """`train` the run beside, or only read its numbers if `train_base` is off."""
-    return train(asked.beside, asked) if asked.train_base else numbers([asked.beside], asked)
+    return train(request.beside, request) if request.train_base else numbers([request.beside], request)
 
 
-def numbers(experiments: Iterable[Experiment], asked: Request) -> pd.DataFrame:
+def numbers(experiments: Iterable[Experiment], request: Request) -> pd.DataFrame:
     """The metrics of the paper's first table for single runs, as text; accuracy beside an error."""
-    names = next(iter(asked.module.TABLES.values())).metrics
+    names = next(iter(request.module.TABLES.values())).metrics
     names = ("accuracy", *names) if "error" in names else names
     rows = {}
     for experiment in experiments:
-        found = _reported(experiment, asked) if runs.is_finished(experiment, asked.root) else None
+        found = _reported(experiment, request) if runs.is_finished(experiment, request.root) else None
         rows[f"{style.label_of(experiment)}, seed {experiment.seed}"] = {
             METRICS[name].title: tables.NOT_RUN if found is None
             else "undefined" if found.get(name) is None else METRICS[name].show(found[name])
             for name in names
         }  # fmt: skip
-    title = f"{tables.RULES[asked.rule]}, {tables.WEIGHTS[asked.weights]}"
+    title = f"{tables.RULES[request.rule]}, {tables.WEIGHTS[request.weights]}"
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(title)
 
 
-def _reported(experiment: Experiment, asked: Request) -> dict[str, Any]:
-    return runs.load_metrics(runs.folder_of(experiment, asked.root))["reported"][asked.rule][asked.weights]
+def _reported(experiment: Experiment, request: Request) -> dict[str, Any]:
+    return runs.load_metrics(runs.folder_of(experiment, request.root))["reported"][request.rule][request.weights]
 
 
-def over_seeds(asked: Request) -> Request:
+def over_seeds(request: Request) -> Request:
     """The request for the same paper's tables, with as many seeds as a verdict takes."""
-    return dataclasses.replace(asked, seeds=tuple(range(claims.MINIMUM_SEEDS)))
+    return dataclasses.replace(request, seeds=tuple(range(claims.MINIMUM_SEEDS)))
 
 
 def command(experiment: Experiment) -> str:
@@ -293,31 +295,33 @@ def commands(experiments: Iterable[Experiment]) -> Styler:
     return text_table(pd.DataFrame.from_dict(rows, orient="index", columns=["command"]).rename_axis("run"))
 
 
-def beside_published(asked: Request, table: str | None = None) -> Styler:
+def beside_published(request: Request, table: str | None = None) -> Styler:
     """The runs of a notebook in one of their paper's tables, a column each: measured, published, and the difference
     where like is compared with like. table: by default the first that has the runs' data."""
-    of_data = (one for one in asked.module.TABLES.values()
-               if asked.experiment.data in {column.data for column in one.columns_at(asked.scale)})  # fmt: skip
-    whole = asked.module.TABLES[table] if table else next(of_data, next(iter(asked.module.TABLES.values())))
+    of_data = (one for one in request.module.TABLES.values()
+               if request.experiment.data in {column.data for column in one.columns_at(request.scale)})  # fmt: skip
+    whole = request.module.TABLES[table] if table else next(of_data, next(iter(request.module.TABLES.values())))
     published = {row.method: row.published for row in reversed(whole.rows)}
     rows = tuple(
         Row(style.label_of(item), item.method, dict(item.overrides), published[item.method])
-        for item in asked.experiments
+        for item in request.experiments
         if item.method in published
     )
-    column = column_of(asked.experiment)
-    columns = {"columns" if asked.scale == "paper" else "small": (column,)}
+    column = column_of(request.experiment)
+    columns = {"columns" if request.scale == "paper" else "small": (column,)}
     chosen = dataclasses.replace(whole, rows=rows, **columns)
-    frame = tables.compare(chosen, asked.scale, (asked.experiment.seed,), asked.root, asked.rule, asked.weights)
+    frame = tables.compare(
+        chosen, request.scale, (request.experiment.seed,), request.root, request.rule, request.weights
+    )
     return text_table(tables.layout(chosen, frame, column).T)
 
 
-def measured_by_class(asked: Request) -> Styler:
+def measured_by_class(request: Request) -> Styler:
     """IoU in percent of the segmentation of every class, a row a finished run of the notebook, and the mean."""
     rows = {}
-    for experiment in asked.experiments:
-        if runs.is_finished(experiment, asked.root):
-            found, names = _reported(experiment, asked), ("mean", *classes_of(experiment.data))
+    for experiment in request.experiments:
+        if runs.is_finished(experiment, request.root):
+            found, names = _reported(experiment, request), ("mean", *classes_of(experiment.data))
             rows[style.label_of(experiment)] = dict(zip(names, (found["miou"], *found["iou"]), strict=True))
     frame = pd.DataFrame.from_dict(rows, orient="index").rename_axis("measured: IoU (%)")
     return text_table(frame.map(lambda value: "undefined" if pd.isna(value) else METRICS["miou"].show(value)))
@@ -335,13 +339,13 @@ def published_by_class(paper: str) -> Styler:
 # A paper
 
 
-def run_missing(asked: Request) -> None:
+def run_missing(request: Request) -> None:
     """Print how many runs of the main job are missing, and train them if the parameters ask for it."""
-    experiments = asked.module.main_experiments(asked.scale, asked.seeds)
-    missing = [item for item in experiments if not runs.is_finished(item, asked.root)]
+    experiments = request.module.main_experiments(request.scale, request.seeds)
+    missing = [item for item in experiments if not runs.is_finished(item, request.root)]
     print(f"main job: {len(experiments) - len(missing)} of {len(experiments)} runs finished")
-    if missing and asked.run_missing:
-        execute(plan.plan(dict.fromkeys(missing, ("main job",)), asked.root), asked.root, engine="local")
+    if missing and request.run_missing:
+        execute(plan.plan(dict.fromkeys(missing, ("main job",)), request.root), request.root, engine="local")
 
 
 def ablation_list(paper: str) -> Styler:
@@ -355,9 +359,9 @@ def ablation_list(paper: str) -> Styler:
     return text_table(pd.DataFrame(rows, columns=columns).set_index(columns[:2]))
 
 
-def heading(asked: Request) -> Markdown:
+def heading(request: Request) -> Markdown:
     """The paper's title, and what a reader has to know about its sources."""
-    return Markdown(f"**{asked.module.TITLE}**\n\n{asked.module.NOTE}")
+    return Markdown(f"**{request.module.TITLE}**\n\n{request.module.NOTE}")
 
 
 def show_texts(paper: str) -> None:
@@ -365,22 +369,22 @@ def show_texts(paper: str) -> None:
     display(Markdown((paper_files.FOLDER / f"{paper}.md").read_text(encoding="utf-8")))
 
 
-def blocks(table: Table, asked: Request, rows: int) -> list[tuple[str, pd.DataFrame, list[str]]]:
+def blocks(table: Table, request: Request, rows: int) -> list[tuple[str, pd.DataFrame, list[str]]]:
     """Title, laid out frame and notes of each measured column in which at least `rows` rows have a finished run."""
-    frame, found = tables.compare(table, *asked.how), []
-    for column in table.columns_at(asked.scale):
+    frame, found = tables.compare(table, *request.how), []
+    for column in table.columns_at(request.scale):
         here = tables.of_column(frame, column)
         if here[here["n"] > 0]["row"].nunique() >= min(rows, len(table.rows)):
-            laid, notes = tables.layout(table, frame, column), tables.notes(table, column, asked.scale)
+            laid, notes = tables.layout(table, frame, column), tables.notes(table, column, request.scale)
             found.append((f"{table.title} — {column.title}", laid, notes))
     return found
 
 
-def show_tables(asked: Request, ablations: bool = False) -> None:
+def show_tables(request: Request, ablations: bool = False) -> None:
     """Each table (or ablation) of the paper: a block a measured column with runs, and its notes; names of the rest."""
     absent = []
-    for table in (asked.module.ABLATIONS if ablations else asked.module.TABLES).values():
-        found, told = blocks(table, asked, 2 if ablations else 1), []
+    for table in (request.module.ABLATIONS if ablations else request.module.TABLES).values():
+        found, told = blocks(table, request, 2 if ablations else 1), []
         for title, laid, notes in found:
             display(Markdown(f"#### {title}"))
             for heading in laid.columns.unique(0):
@@ -389,57 +393,51 @@ def show_tables(asked: Request, ablations: bool = False) -> None:
             told += notes
         if not found:
             absent.append(table.title)
-    _not_run(absent, asked)
+    _not_run(absent, request)
 
 
-@functools.cache
-def _drawn(asked: Request) -> list[tuple[str, str, Figure]]:
-    return FIGURES[asked.paper](asked.scale, asked.seeds, asked.root)
+def show_figures(request: Request) -> None:
+    """The paper's figures that finished runs can draw, those of ablations last."""
+    for name, title, figure in FIGURES[request.paper](request.scale, request.seeds, request.root):
+        request.show(figure, f"{request.paper}_{name}", title)
 
 
-def show_figures(asked: Request) -> None:
-    """The paper's figures that finished runs can draw; ablations have a heading of their own."""
-    for name, title, figure in _drawn(asked):
-        if not name.startswith(ABLATION):
-            asked.show(figure, f"{asked.paper}_{name}", title)
-
-
-def show_ablations(asked: Request) -> None:
+def show_ablations(request: Request) -> None:
     """A figure for each ablation of which two rows or more have been run, and the names of the others."""
-    drawn = {name: figure for name, _, figure in _drawn(asked)}
-    for name, table in asked.module.ABLATIONS.items():
-        if ABLATION + name in drawn:
-            asked.show(drawn[ABLATION + name], f"{asked.paper}_{ABLATION}{name}", table.title)
-    _not_run([one.title for name, one in asked.module.ABLATIONS.items() if ABLATION + name not in drawn], asked)
+    absent = []
+    for table in request.module.ABLATIONS.values():
+        if blocks(table, request, 2):
+            display(table_points(table, *request.how, metrics=request.module.HEADLINES))
+        else:
+            absent.append(table.title)
+    _not_run(absent, request)
 
 
-def _not_run(titles: Sequence[str], asked: Request) -> None:
+def _not_run(titles: Sequence[str], request: Request) -> None:
     if titles:
-        display(Markdown(f"{tables.NOT_RUN} at {asked.scale} scale:\n" + "\n".join(f"- {title}" for title in titles)))
+        display(Markdown(f"{tables.NOT_RUN} at {request.scale} scale:\n" + "\n".join(f"- {title}" for title in titles)))
 
 
-@functools.cache
-def decided(asked: Request, paper: str) -> list[claims.Verdict]:
+def decided(request: Request, paper: str) -> list[claims.Verdict]:
     """The verdict on each claim of a paper."""
-    return [claims.decide(claim, *asked.how) for claim in PAPERS[paper].CLAIMS.values()]
+    return [claims.decide(claim, *request.how) for claim in PAPERS[paper].CLAIMS.values()]
 
 
-def verdicts(asked: Request) -> Styler:
+def verdicts(request: Request) -> Styler:
     """A figure of all effects, and each claim of the paper with its verdict, scope, effect, interval and n."""
-    found = decided(asked, asked.paper)
-    title = f"Claims of {_short(asked.paper)}"
-    asked.show(claim_effects(found, title), f"{asked.paper}_claims", title)
-    names = ["claim", "source", "verdict", "scope", "metric", "effect", "95 % interval", "n", "published effect"]
-    return text_table(claims.as_frame(found)[[*names, "because"]])
+    found = decided(request, request.paper)
+    title = f"Claims of {_short(request.paper)}"
+    request.show(claim_effects(found, title), f"{request.paper}_claims", title)
+    return text_table(claims.as_frame(found).drop(columns="p (sign flips, one-sided)"))
 
 
-def finished_table(asked: Request) -> Styler:
+def finished_table(request: Request) -> Styler:
     """A row for each finished run of the paper: result, cost, origin, and the command that repeats it."""
     rows = {}
-    for run, saved in _finished(asked, [asked.paper]).items():
+    for run, saved in _finished(request, [request.paper]).items():
         origin, spent = saved["provenance"], saved["cost"]
         rows[run] = {
-            "result": sentence(saved["reported"]["last"]["ema"], asked.module.HEADLINES),
+            "result": sentence(saved["reported"]["last"]["ema"], request.module.HEADLINES),
             "training": f"{spent['train_seconds']:.0f} s",
             "device, precision, threads": _device(origin),
             "commit": f"{(origin['commit'] or 'unknown')[:10]}{' + changes' if origin['dirty'] else ''}",
@@ -448,9 +446,11 @@ def finished_table(asked: Request) -> Styler:
     return text_table(pd.DataFrame.from_dict(rows, orient="index").rename_axis("run"))
 
 
-def _finished(asked: Request, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def _finished(request: Request, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Run -> metrics of each finished run that the papers' tables, ablations and claims need."""
-    folders = {runs.folder_of(item, asked.root) for item in plan.select(names, scale=asked.scale, seeds=asked.seeds)}
+    folders = {
+        runs.folder_of(item, request.root) for item in plan.select(names, scale=request.scale, seeds=request.seeds)
+    }
     return {folder.name: runs.load_metrics(folder) for folder in sorted(folders) if (folder / "metrics.json").exists()}
 
 
@@ -462,14 +462,14 @@ def _short(paper: str) -> str:
     return PAPERS[paper].TITLE.partition(":")[0]
 
 
-def cost(asked: Request) -> Styler:
+def cost(request: Request) -> Styler:
     """Time, speed and memory of the finished runs of the paper, or of each paper and all of them."""
-    groups = {_short(name): [name] for name in PAPERS if asked.paper in ("", name)}
-    groups |= {} if asked.paper else {"all, each run once": []}
+    groups = {_short(name): [name] for name in PAPERS if request.paper in ("", name)}
+    groups |= {} if request.paper else {"all, each run once": []}
     rows = {}
     for title, names in groups.items():
-        found = list(_finished(asked, names).values())
-        planned = len(plan.select(names, scale=asked.scale, seeds=asked.seeds))
+        found = list(_finished(request, names).values())
+        planned = len(plan.select(names, scale=request.scale, seeds=request.seeds))
         rows[title] = {"finished": f"{len(found)} of {planned}"} | (_cost(found) if found else {})
     return text_table(pd.DataFrame.from_dict(rows, orient="index").fillna(""))
 
@@ -509,43 +509,43 @@ def finished_runs(root: Any = None) -> pd.DataFrame:
     return frame.groupby(keys)["seed"].agg(runs="size", seeds=lambda s: ", ".join(map(str, sorted(set(s)))))
 
 
-def verdict_counts(asked: Request) -> Styler:
+def verdict_counts(request: Request) -> Styler:
     """How many claims of each paper have which verdict."""
-    counts = {_short(name): Counter(one.verdict for one in decided(asked, name)) for name in PAPERS}
+    counts = {_short(name): Counter(one.verdict for one in decided(request, name)) for name in PAPERS}
     rows = {title: {verdict: found[verdict] for verdict in claims.VERDICTS} for title, found in counts.items()}
     return text_table(pd.DataFrame.from_dict(rows, orient="index").rename_axis("claims of"))
 
 
-def decided_claims(asked: Request) -> Styler:
+def decided_claims(request: Request) -> Styler:
     """The claims of all papers that the runs support or contradict, with effect, interval and n."""
     names = ["claim", "verdict", "effect", "95 % interval", "n", "published effect"]
     rows = [{"paper": _short(name)} | {key: one.row()[key] for key in names}
-            for name in PAPERS for one in decided(asked, name)
+            for name in PAPERS for one in decided(request, name)
             if one.verdict in (claims.SUPPORTED, claims.CONTRADICTED)]  # fmt: skip
     rows = rows or [dict.fromkeys(names, "") | {"paper": "", "claim": "none is decided yet"}]
     return text_table(pd.DataFrame(rows).set_index("paper"))
 
 
-def show_effort(asked: Request) -> None:
+def show_effort(request: Request) -> None:
     """mIoU of all kinds of supervision on the same scenes against annotation effort."""
-    points = effort.supervised(asked.scale, asked.seeds, asked.root)
+    points = effort.supervised(request.scale, request.seeds, request.root)
     if not points:
-        display(Markdown(f"The scenes have no recipes at scale {asked.scale}; use mini or tiny."))
+        display(Markdown(f"The scenes have no recipes at scale {request.scale}; use mini or tiny."))
         return
-    asked.show(across.effort(points), "across_effort", "mIoU against annotation effort")
+    request.show(across.effort(points), "across_effort", "mIoU against annotation effort")
     display(text_table(effort.supervision_frame(points).set_index("learns from")))
 
 
-def show_calibration(asked: Request) -> None:
+def show_calibration(request: Request) -> None:
     """Accuracy against calibration of all classifiers."""
-    points = effort.classified(asked.scale, asked.seeds, asked.root)
-    asked.show(across.calibration(points), "across_calibration", "Accuracy against ECE")
+    points = effort.classified(request.scale, request.seeds, request.root)
+    request.show(across.calibration(points), "across_calibration", "Accuracy against ECE")
     display(text_table(effort.calibration_frame(points).set_index("method")))
 
 
-def show_agreement(asked: Request) -> None:
+def show_agreement(request: Request) -> None:
     """Print how the runs agree with the committed numbers, and list what is not identical."""
-    rows = agreement.compare_all(plan.select(scale=asked.scale, seeds=asked.seeds), asked.root)
+    rows = agreement.compare_all(plan.select(scale=request.scale, seeds=request.seeds), request.root)
     print("\n".join(agreement.summary(rows)))
     apart = [row for row in rows if row.verdict in (agreement.WITHIN, agreement.DIFFERS)]
     if apart:

@@ -64,11 +64,6 @@ class Point:
     planned: int
     effort: Effort | None = None
 
-    @property
-    def name(self) -> str:
-        """`CSL, 20 masks`."""
-        return f"{self.label}, {self.budget}" if self.budget else self.label
-
     def cell(self, metric: str) -> str:
         """`55.00 ± 7.07 (n = 2)`."""
         return show(self.metrics[metric], METRICS[metric], self.planned, len(self.finished))

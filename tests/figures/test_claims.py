@@ -150,7 +150,7 @@ def test_too_few_seeds_show_the_effect_and_how_many_more_are_needed(tmp_path):
     found = decide(claim(), seeds=(0, 1), root=tmp_path)
     assert (found.verdict, found.n) == ("inconclusive", 2)
     assert found.effect == pytest.approx(-0.15) and (found.low, found.high) == pytest.approx((-0.2, -0.1))
-    assert "needs 3 more seeds" in found.explanation and "at least 0.25 at n = 2" in found.explanation
+    assert "needs 3 more seeds" in found.explanation and "with 2, p is at least 0.25" in found.explanation
     one = decide(claim(), seeds=(0,), root=tmp_path)
     assert (one.verdict, one.n, one.low, one.high) == ("inconclusive", 1, None, None)
     assert one.row()["95 % interval"] == "" and one.row()["effect"] == "-10.00 points"

@@ -188,8 +188,8 @@ def test_all_papers_verdicts_and_costs_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_the_text_of_every_paper_has_the_same_four_parts(paper):
+def test_the_text_of_every_paper_begins_with_the_same_four_parts(paper):
     lines = (FOLDER / f"{paper}.md").read_text().splitlines()
     heads = ["Method in short", "Deviations and reconstructions", "What was easy", "What was difficult"]
-    assert [line for line in lines if line.startswith("#")] == [f"## {head}" for head in heads]
+    assert [line for line in lines if line.startswith("#")][:4] == [f"## {head}" for head in heads]
     assert desk.heading(desk.many_runs(**MANY | {"paper": paper})).data.startswith(f"**{PAPERS[paper].TITLE}**")

@@ -90,7 +90,7 @@ def test_a_point_for_each_row_and_budget_and_one_for_full_supervision(root):
     points = effort.supervised("tiny", (0, 1), root)
     rows = {paper: len(PAPERS[paper].TABLES["main"].rows) for paper in ("csl", "pcre", "trust_region")}
     assert len(points) == 3 * rows["csl"] + rows["pcre"] + 5 * (rows["trust_region"] - 1) + 1
-    by_name = {(point.kind, point.name): point for point in points}
+    by_name = {(point.kind, f"{point.label}, {point.budget}"): point for point in points}
     half = pytest.approx(0.1 / math.sqrt(2))
     assert by_name["few masks", "CSL, 20 masks"].metrics["miou"] == Summary(pytest.approx(0.55), half, 2)
     tags = by_name["image tags", "PCRE, 500 tagged images"]
@@ -107,7 +107,9 @@ def test_a_point_for_each_row_and_budget_and_one_for_full_supervision(root):
     assert frame.loc[("CSL", "10 masks"), "mIoU (%)"] == "not run"
     assert frame.loc[("PCRE", "500 tagged images")].tolist()[-2:] == ["40.00 (n = 1 of 2)", "undefined"]
     (folder_of(Experiment("csl", "csl", "scenes", 20, 1, "tiny"), root) / "metrics.json").unlink()
-    masks = next(point for point in effort.supervised("tiny", (0, 1), root) if point.name == "CSL, 20 masks")
+    masks = next(
+        point for point in effort.supervised("tiny", (0, 1), root) if (point.label, point.budget) == ("CSL", "20 masks")
+    )
     assert masks.metrics["miou"].n == len(masks.finished) == 1, "points read saved runs only"
     assert effort.supervised("paper", (0,)) == []
     with pytest.raises(SettingError, match="scale"):
