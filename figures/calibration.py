@@ -24,8 +24,7 @@ from repro.data import splits
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS, Column, Row, Table, column_of
 from repro.measure import calibration
-from repro.methods.few_labels.calibratemix import CalibrateMixSettings
-from repro.methods.few_labels.calibratemix import halves
+from repro.methods.few_labels.calibratemix import CalibrateMixSettings, halves
 from repro.runs import folder_of, is_finished, load_outputs
 
 HALVES = {"hard": style.ORANGE, "easy": style.BLUE}
