@@ -1,9 +1,11 @@
-"""Explorers: controls that move over a saved run, with numbers and pictures that follow at once.
+"""Explorers: controls that move over a finished run, with numbers and pictures that follow at once.
 
-Each module is one explorer: pure functions that read a run and compute what a position shows, and widgets around them.
-`explore` of a module returns the widget or, where nobody watches, a figure at the starting position.
+Each function returns the panel or, where nobody can move a control, a figure at the starting position.
 """
 
-from figures.explore import growth, labelling, margins, parts, proposals, regions, reliability, thresholds, weights
+from figures.explore.labels import margins, reliability_of, thresholds
+from figures.explore.masks import weights
+from figures.explore.scribbles import proposals
+from figures.explore.tags import regions
 
-__all__ = ["growth", "labelling", "margins", "parts", "proposals", "regions", "reliability", "thresholds", "weights"]
+__all__ = ["margins", "proposals", "regions", "reliability_of", "thresholds", "weights"]
