@@ -6,37 +6,18 @@ in training mode, on augmented crops.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace as Seen
 
 import ipywidgets as widgets
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import FigureBase
 from torch import Tensor
 
-from figures.explore.panel import (  # fmt: skip
-    RIGHT,
-    UNKNOWN,
-    WRONG,
-    Explorer,
-    Missing,
-    Numbers,
-    Panel,
-    buttons,
-    fade,
-    key,
-    levels,
-    looks,
-    opened,
-    percent,
-    picture,
-    slider,
-    tiles,
-    whole,
-)
+from figures.explore import panel
+from figures.explore.panel import RIGHT, UNKNOWN, WRONG, Explorer, Missing, Numbers
 from figures.plane import CERTAIN, SHOWN, SMALLEST, TICKS, Moment, class_colours, classes_of
 from figures.style import INK, label_of, where
 from repro.experiment import Experiment, resolve
@@ -47,37 +28,25 @@ SELECTIONS = {"gaussian": "CSL, Gaussian", "hard": "CSL, 0 or 1", "threshold": "
 THRESHOLDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999, 0.9999)
 
 
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """What the rules keep. moment: one image at one step. weights: (H, W) in [0, 1] by SELECTIONS. at: the position."""
-
-    moment: Moment
-    weights: dict[str, Tensor]
-    at: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
 class Weights(Explorer):
-    """CSL's weights and a threshold over the evaluations of a run, by step. settings: of the run's method."""
+    """Which pixels of a pool image CSL's weights and a threshold keep, and how many of them are right.
 
-    moments: dict[int, Moment]
-    classes: tuple[str, ...]
-    settings: Any
-    title: str
+    moments: the evaluations of the run by step. settings: of the run's method.
+    """
+
+    about = "Which pixels are kept"
     words = "The confidence plane, and maps of what is kept."
     size = (9.0, 4.6)
 
-    @classmethod
-    def read(cls, experiment: Experiment, root: Path | None = None) -> "Weights":
-        """A finished run; raises Missing for one that kept no evaluation."""
+    def __init__(self, experiment: Experiment, root: Path | None = None) -> None:
         folder = folder_of(experiment, root)
         kept, outputs = load_moments(folder), load_outputs(folder)
         if not kept:
             raise Missing("moment of its training")
         images, truth = outputs["pool_images"], outputs["pool_truth"]
-        moments = {step: Moment(step, images, truth, **seen) for step, seen in kept.items()}
-        title = f"{label_of(experiment)}, {where([experiment])}"
-        return cls(moments, classes_of(experiment.data), resolve(experiment).method, title)
+        self.moments = {step: Moment(step, images, truth, **seen) for step, seen in kept.items()}
+        self.classes, self.settings = classes_of(experiment.data), resolve(experiment).method
+        self.title = f"{label_of(experiment)}, {where([experiment])}"
 
     def controls(self) -> dict[str, widgets.Widget]:
         start = {"selection": "gaussian", "threshold": 0.95, "alpha": 8.0, "features": "both", "rule": "or"}
@@ -87,24 +56,28 @@ class Weights(Explorer):
         scale = {"base": 2, "min": min(-2, power), "max": max(8, power), "step": 0.25, "readout_format": ".3g"}
         steps = [(str(step), step) for step in self.moments]
         return {
-            "image": whole("image of the pool", 0, 0, images - 1),
-            "step": slider("training step", steps, max(self.moments)),
-            "selection": buttons("rule", {name: key for key, name in SELECTIONS.items()}, at["selection"]),
-            "features": buttons("CSL reads", {name: name for name in FEATURES}, at["features"]),
-            "threshold": slider("tau, threshold", levels(THRESHOLDS, at["threshold"]), at["threshold"]),
-            "alpha": widgets.FloatLogSlider(at["alpha"], **scale, **looks("alpha, Gaussian")),
-            "rule": buttons("full weight where", {"either is good": "or", "both are": "and"}, at["rule"]),
+            "image": panel.whole("image of the pool", 0, 0, images - 1),
+            "step": panel.slider("training step", steps, max(self.moments)),
+            "selection": panel.buttons("rule", SELECTIONS, at["selection"]),
+            "features": panel.buttons("CSL reads", dict(zip(FEATURES, FEATURES, strict=True)), at["features"]),
+            "threshold": panel.slider("tau, threshold", panel.levels(THRESHOLDS, at["threshold"]), at["threshold"]),
+            "alpha": widgets.FloatLogSlider(at["alpha"], **scale, **panel.looks("alpha, Gaussian")),
+            "rule": panel.buttons("full weight where", {"or": "either is good", "and": "both are"}, at["rule"]),
         }
 
-    def compute(self, image: int, step: int, **at) -> Kept:
-        """at: selection, of SELECTIONS; threshold; alpha, features and rule as in `pixel_weights`."""
+    def compute(self, image: int, step: int, **at) -> Seen:
+        """at: selection, of SELECTIONS; threshold; alpha, features and rule as in `pixel_weights`.
+
+        moment: the image at the step. weights: (H, W) in [0, 1] by SELECTIONS.
+        """
         seen = self.moments[step].only(image)
         how = {name: at[name] for name in ("alpha", "features", "rule")}
         soft, hard = (seen.weight(soft=soft, **how)[0] for soft in (True, False))
         above = (seen.confidence[0] >= at["threshold"]).to(soft.dtype)
-        return Kept(seen, {"gaussian": soft, "hard": hard, "threshold": above}, {"image": image} | at)
+        weights = {"gaussian": soft, "hard": hard, "threshold": above}
+        return Seen(moment=seen, weights=weights, at={"image": image} | at)
 
-    def numbers(self, seen: Kept) -> Numbers:
+    def numbers(self, seen: Seen) -> Numbers:
         found, at = seen.moment, seen.at
         said = f"Image {at['image']} of the pool at step {found.step} of {max(self.moments)}"
         said += f", {found.label.numel():,} pixels"
@@ -119,20 +92,20 @@ class Weights(Explorer):
             more = {"gaussian": f", alpha = {at['alpha']:.3g}", "threshold": f" {at['threshold']:g}"}.get(name, "")
             label = f"{'> ' * (name == at['selection'])}{SELECTIONS.get(name, name)}{more}"
             values = measure(weight, found.right[0], found.known[0])
-            rows.append((label, *(percent(value, 2) for value in values)))
+            rows.append((label, *(panel.percent(value, 2) for value in values)))
         columns = ("", "kept: mean weight", "right, of kept", "wrong and kept", "weight is 1")
         return Numbers(f"{said}.", columns, rows)
 
     def layout(self, figure: FigureBase) -> list[Axes]:
-        plane = figure.add_axes((0.07, 0.12, 0.4, 0.78))
+        plane = figure.add_axes((0.07, 0.19, 0.4, 0.74))
         plane.grid(False)
-        plane.tick_params(labelsize=7)
+        panel.plain_ticks(plane)
         plane.set_title("blue: right, orange: wrong label; white: kept, grey: less weight", fontsize=8)
         plane.set(xlabel="confidence c (%)", ylabel="log10 of the residual variance r")
-        plane.set_xticks(-np.log10(1 - np.array(TICKS)), [f"{100 * tick:.6g}" for tick in TICKS], rotation=60)
-        return [plane, *tiles(figure, 2, 3, left=0.5)]
+        plane.set_xticks(-np.log10(1 - np.array(TICKS[1:])), [f"{100 * tick:.6g}" for tick in TICKS[1:]], rotation=60)
+        return [plane, *panel.tiles(figure, 2, 3, left=0.5)]
 
-    def draw(self, axes: Sequence[Axes], seen: Kept) -> None:
+    def draw(self, axes: Sequence[Axes], seen: Seen) -> None:
         plane, *grid, below = axes
         self.draw_plane(plane, seen)
         found, at, colours = seen.moment, seen.at, class_colours(len(self.classes))
@@ -143,18 +116,18 @@ class Weights(Explorer):
         chosen, other = seen.weights[at["selection"]], seen.weights[beside]
         pictures = (
             ("image", image),
-            (f"kept: {named[at['selection']]}", fade(image, chosen)),
-            (f"kept: {named[beside]}", fade(image, other)),
+            (f"kept: {named[at['selection']]}", panel.fade(image, chosen)),
+            (f"kept: {named[beside]}", panel.fade(image, other)),
             ("hidden truth" if found.known.any() else "truth is not known", colours[truth]),
             ("pseudo-label", colours[label]),
-            ("kept: right or wrong", fade(verdict, chosen)),
+            ("kept: right or wrong", panel.fade(verdict, chosen)),
         )
         for tile, (title, pixels) in zip(grid, pictures, strict=True):
-            picture(tile, pixels, title)
+            panel.picture(tile, pixels, title)
         names = {**dict(enumerate(self.classes)), 255: "unknown"}
-        key(below, [(names[kind], colours[kind]) for kind in np.union1d(truth, label)], 5)
+        panel.key(below, [(names[kind], colours[kind]) for kind in np.union1d(truth, label)], 5)
 
-    def draw_plane(self, plane: Axes, seen: Kept) -> None:
+    def draw_plane(self, plane: Axes, seen: Seen) -> None:
         """Pixels by confidence and residual variance over the weight of the chosen rule. The axes hold the pixels of
         all steps, so that only pixels move with the step."""
         found, at = seen.moment, seen.at
@@ -179,24 +152,19 @@ class Weights(Explorer):
         plane.set(xlim=box[:2], ylim=box[2:])
 
 
-def measure(weight: Tensor, right: Tensor, known: Tensor) -> tuple[float, float | None, float | None, float]:
+def measure(weight: Tensor, right: Tensor, known: Tensor) -> tuple[float, ...]:
     """What a weight keeps: its mean; the weighted accuracy; the weight of wrong pixels, per pixel; the share of 1.
 
-    weight: in [0, 1]; right, known: bool; all of one shape. The second and third are over pixels of known truth, None
+    weight: in [0, 1]; right, known: bool; all of one shape. The second and third are over pixels of known truth, NaN
     where there is none, the second also where none has weight.
     """
     weight = weight.double()
-    good, total, judged = float(weight[known & right].sum()), float(weight[known].sum()), int(known.sum())
-    accuracy, wrong = good / total if total else None, (total - good) / judged if judged else None
-    return float(weight.mean()), accuracy, wrong, float((weight == 1).double().mean())
+    good, total = weight[known & right].sum(), weight[known].sum()
+    values = (weight.mean(), good / total, (total - good) / known.sum(), (weight == 1).double().mean())
+    return tuple(map(float, values))
 
 
 def spaced(confidence: Tensor, residual: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """-log10(1 - c) and log10(r), as the plane shows them; what lies beyond its ends is put there."""
     c = confidence.double().clamp(max=CERTAIN)
     return -(1 - c).log10().numpy(), residual.double().clamp(min=SMALLEST).log10().numpy()
-
-
-def weights(experiment: Experiment, root: Path | None = None) -> Panel | Figure:
-    """Which pixels of a finished run's images CSL and a threshold keep, and how many of them are right."""
-    return opened("Which pixels are kept", [experiment], root, lambda _: Weights.read(experiment, root))

@@ -7,8 +7,9 @@ at each move of a control, and `still` draws it once, for an exported page or a 
 import base64
 import html
 import io
+import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
 from figures.style import THEME, Drawing, label_of, message, themed, to_png
@@ -59,35 +61,37 @@ class Numbers(NamedTuple):
 
 
 class Explorer:
-    """What an explorer has to say; the arguments of `compute` are the names of its controls.
+    """A finished run, and how its positions are computed, written and drawn. A subclass reads the run in `__init__`,
+    raises Missing for one that lacks something, and has
 
-    title: of the panel, with the run. words: what the picture shows, for those who do not see it. size: of the picture
-    in inches of 100 pixels.
+    title, words: the run; what the picture shows, for those who do not see it
+    controls(): new widgets at the starting position by name, the arguments of `compute`
+    compute(**position): all that a position shows; it depends on the run and its arguments only
+    numbers(seen), draw(axes, seen): what `compute` returned as Numbers, and drawn into the axes of the layout
+    layout(figure): axes, with what is the same at every position
     """
 
-    title: str
-    words: str
-    size: tuple[float, float] = (9.0, 4.8)
+    about = ""  # title of the figure that explains why there is nothing to explore
+    size = (9.0, 4.8)  # inches of the picture, 100 pixels each
 
-    def controls(self) -> dict[str, widgets.Widget]:
-        """New controls at the starting position, by name."""
-        raise NotImplementedError
+    @classmethod
+    def explore(
+        cls, experiments: Experiment | Sequence[Experiment], root: Path | None = None, *more: Any
+    ) -> "Panel | Figure":
+        """The panel of a finished run, or a figure where nobody can move a control (papermill, an exported page).
 
-    def compute(self, **position) -> Any:
-        """Everything that the position shows; depends on nothing else than the run and the arguments."""
-        raise NotImplementedError
-
-    def numbers(self, seen) -> Numbers:
-        """The numbers in what `compute` returned."""
-        raise NotImplementedError
-
-    def layout(self, figure: FigureBase) -> Sequence[Axes]:
-        """Axes for the picture, with what is the same at every position."""
-        raise NotImplementedError
-
-    def draw(self, axes: Sequence[Axes], seen) -> None:
-        """Draw what `compute` returned into axes that hold nothing but their layout."""
-        raise NotImplementedError
+        Without a finished run, or with one that lacks what the explorer reads, the figure says so. more: of `__init__`.
+        """
+        given = [experiments] if isinstance(experiments, Experiment) else list(experiments)
+        names = ", ".join(label_of(item) for item in given)
+        done = [item for item in given if is_finished(item, root)]
+        if not done:
+            return message(cls.about, f"not run: {names}")
+        try:
+            explorer = cls(experiments if isinstance(experiments, Experiment) else done, root, *more)
+        except Missing as lack:
+            return message(cls.about, f"{names} keeps no {lack}")
+        return Panel(explorer) if is_watched() else still(explorer)
 
     def stills(self) -> list[dict]:
         """What differs from the starting position in each of the pictures of a still figure."""
@@ -156,24 +160,6 @@ def still(explorer: Explorer) -> Figure:
     return figure
 
 
-def opened(
-    title: str, experiments: Sequence[Experiment], root: Path | None, read: Callable[[list[Experiment]], Explorer]
-) -> Panel | Figure:
-    """The panel of those experiments that are finished, or a figure where nobody can move a control.
-
-    read: makes the explorer of the finished ones. Where none is, or `read` raises Missing, the figure says so.
-    """
-    names = ", ".join(label_of(item) for item in experiments)
-    done = [item for item in experiments if is_finished(item, root)]
-    if not done:
-        return message(title, f"not run: {names}")
-    try:
-        explorer = read(done)
-    except Missing as lack:
-        return message(title, f"{names} keeps no {lack}")
-    return Panel(explorer) if is_watched() else still(explorer)
-
-
 # Controls
 
 
@@ -197,10 +183,11 @@ def levels(values: Iterable[float], own: float) -> list[tuple[str, float]]:
     return [(f"{level:g}", level) for level in sorted({*values, own})]
 
 
-def buttons(description: str, options: dict[str, Any], value: Any) -> widgets.ToggleButtons:
-    """One button for each option, by name."""
+def buttons(description: str, options: dict[Any, str], value: Any) -> widgets.ToggleButtons:
+    """A button for each value, under its words."""
+    named = [(words, option) for option, words in options.items()]
     narrow = {"button_width": "auto", "description_width": "160px"}
-    return widgets.ToggleButtons(options=options, value=value, description=description, style=narrow)
+    return widgets.ToggleButtons(options=named, value=value, description=description, style=narrow)
 
 
 def in_columns(controls: Iterable[widgets.Widget]) -> widgets.GridBox:
@@ -211,9 +198,9 @@ def in_columns(controls: Iterable[widgets.Widget]) -> widgets.GridBox:
 # Words and pictures
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """`61.3 %`, a dash where it is not defined."""
-    return f"{100 * value:.{digits}f} %" if value is not None and np.isfinite(value) else "-"
+def percent(value: float, digits: int = 1, undefined: str = "-") -> str:
+    """`61.3 %`, a dash for NaN or infinity."""
+    return f"{100 * value:.{digits}f} %" if math.isfinite(value) else undefined
 
 
 def counted(number: int, name: str) -> str:
@@ -226,16 +213,24 @@ def tiles(figure: FigureBase, rows: int, columns: int, right: float = 0.995, lef
     grid = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left=left, right=right, top=0.95, bottom=foot, wspace=0.06, hspace=0.14)
     key = figure.add_axes((left, 0, right - left, foot))
-    for axes in (*grid.flat, key):
-        bare(axes)
-    return [*grid.flat, key]
+    return [bare(axes) for axes in (*grid.flat, key)]
 
 
-def bare(axes: Axes) -> None:
-    """No ticks, grid or frame."""
-    axes.set(xticks=[], yticks=[])
+def bare(axes: Axes) -> Axes:
+    """Without ticks, grid and frame."""
+    axes.set(xticks=[], yticks=[], frame_on=False)
     axes.grid(False)
-    axes.set_frame_on(False)
+    return axes
+
+
+def plain_ticks(axes: Axes) -> None:
+    """Small numbers at major ticks alone: minor ticks and mathematical text take longer than all the rest."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(labelsize=7)
+    axes.xaxis.label.set_size(9)
+    axes.yaxis.label.set_size(9)
 
 
 def picture(axes: Axes, pixels: np.ndarray, title: str, **look: Any) -> None:
@@ -275,14 +270,17 @@ class Thumb(NamedTuple):
 
 
 def thumbnails(axes: Axes, title: str, thumbs: Sequence[Thumb], rows: int = 1, columns: int = 12) -> None:
-    """Images in rows, framed in the colour of right or wrong labels."""
+    """Images in rows, framed in the colour of right or wrong labels, one image of all since many take long."""
     axes.set_title(title, fontsize=9, loc="left", pad=2)
-    colours = {True: RIGHT, False: WRONG, None: (48, 48, 48)}
-    axes.set(xlim=(0, columns), ylim=(rows, 0))
-    for number, thumb in enumerate(thumbs):
-        x, y = number % columns, number // columns
-        colour = np.array(colours[thumb.right], np.uint8)
-        pixels = np.broadcast_to(thumb.image.permute(1, 2, 0).numpy(), (*thumb.image.shape[1:], 3))
-        framed = np.stack([np.pad(pixels[..., k], 2, constant_values=colour[k]) for k in range(3)], 2)
-        axes.imshow(framed, extent=(x, x + 0.8, y + 0.62, y), interpolation="nearest", aspect="auto")
-        axes.text(x, y + 0.65, thumb.words, color=colour / 255, fontsize=6.5, va="top", linespacing=1.1)
+    if not thumbs:
+        return
+    high, wide = (side + 4 for side in thumbs[0].image.shape[1:])
+    row, column = round(1.6 * high), round(1.25 * wide)
+    sheet = np.full((rows * row, columns * column, 3), 255, np.uint8)
+    for number, (image, right, words) in enumerate(thumbs):
+        y, x = number // columns * row, number % columns * column
+        colour = (48, 48, 48) if right is None else RIGHT if right else WRONG
+        sheet[y : y + high, x : x + wide] = colour
+        sheet[y + 2 : y + high - 2, x + 2 : x + wide - 2] = image.permute(1, 2, 0).numpy()
+        axes.text(x, y + 1.04 * high, words, color=np.array(colour) / 255, fontsize=6.5, va="top", linespacing=1.1)
+    axes.imshow(sheet, interpolation="nearest", aspect="auto")

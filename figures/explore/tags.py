@@ -7,8 +7,8 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace as Seen
 from typing import Any
 
 import ipywidgets as widgets
@@ -16,28 +16,13 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import FigureBase
 from matplotlib.patches import Ellipse
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from figures.explore.panel import (  # fmt: skip
-    Explorer,
-    Missing,
-    Numbers,
-    Panel,
-    buttons,
-    counted,
-    key,
-    levels,
-    looks,
-    opened,
-    outline,
-    percent,
-    picture,
-    slider,
-    tiles,
-    whole,
-)
+from figures.explore import panel
+from figures.explore.panel import Explorer, Missing, Numbers
 from figures.plane import class_colours, classes_of
 from figures.style import label_of, style_of, where
 from repro.cam import cam_labels, min_max, over_activation, widened
@@ -47,7 +32,7 @@ from repro.measure.segmentation import confusion, iou
 from repro.methods.image_tags import losses
 from repro.methods.image_tags.maxima import region_masks
 from repro.methods.image_tags.regions import by_class, candidates, gate, grow, shown_classes
-from repro.recipe import TagRecipe, scales_of
+from repro.recipe import scales_of
 from repro.runs import folder_of, load_outputs
 
 SOURCES = {"main": "CAM", "auxiliary": "auxiliary CAM", "gradcam": "Grad-CAM", "rollout": "attention rollout"}
@@ -56,72 +41,30 @@ RADII = (0, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30)  # patches
 TRUE, CUT = "#00dcdc", "white"  # outlines: of the true class, of values above beta
 
 
-@dataclass(frozen=True, eq=False)
-class Grown:
-    """The region of a class and the map that it is mixed into.
-
-    region: m_r (H, W). region_label: (H, W), labels of all regions, normalised as maps are. fused: (C, H, W) in [0, 1];
-    label: (H, W), of it. listed: (N,) bool, the candidates. seeds: (T,) patches, -1 where a round found none.
-    joins: (T, N) bool, the group of each round, its seed included.
-    """
-
-    region: Tensor
-    region_label: Tensor
-    fused: Tensor
-    label: Tensor
-    listed: Tensor
-    seeds: Tensor
-    joins: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Activation:
-    """cam: (C, H, W) in [0, 1], zeros for classes without a tag. label: (H, W), its labels at beta. grown: None for a run
-    that keeps no masks. at: the position."""
-
-    cam: Tensor
-    label: Tensor
-    grown: Grown | None
-    at: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
 class Maps(Explorer):
-    """Maps and regions of the first E test images of a run, of C classes without the background.
+    """Maps of the first E test images of a run at any scale and threshold, and PCRE's regions as they grow.
 
-    images: (E, 3, H, W) uint8. truth: (E, H, W) uint8, for the report alone. tags: (E, C). scales: of the maps in cam
-    (E, 2, S, C, H, W): main and auxiliary, rectified, not normalised. gradcam: (E, C, H, W) and rollout: (E, H, W),
-    both in [0, 1]. classes: names, background first. confidence: S (E, N, C) and masks: M (E, N, h, w), None for a
-    method that has none.
+    images: (E, 3, H, W) uint8. truth: (E, H, W) uint8, for the report alone. tags: (E, C), C classes without the
+    background. cam: (E, 2, S, C, H, W), main and auxiliary at `scales`, rectified, not normalised. gradcam:
+    (E, C, H, W) and rollout: (E, H, W), in [0, 1]. confidence: S (E, N, C) and masks: M (E, N, h, w), None for a method
+    that has none. classes: names, background first.
     """
 
-    images: Tensor
-    truth: Tensor
-    tags: Tensor
-    scales: tuple[float, ...]
-    cam: Tensor
-    gradcam: Tensor
-    rollout: Tensor
-    classes: tuple[str, ...]
-    recipe: TagRecipe
-    title: str
-    method: str = "pcre"
-    confidence: Tensor | None = None
-    masks: Tensor | None = None
+    about = "What a map lights up, and how a region grows"
     words = "Maps over the image, label maps and truth."
 
-    @classmethod
-    def read(cls, experiment: Experiment, root: Path | None = None) -> "Maps":
-        """A finished run; raises Missing for one that kept no maps of single scales, or no tag."""
+    def __init__(self, experiment: Experiment, root: Path | None = None) -> None:
         outputs = load_outputs(folder_of(experiment, root))
         count = len(outputs.get("explore_cam", ()))
         if not count or not outputs["test_tags"][:count].any():
             raise Missing("maps of single scales")
-        seen = (outputs[f"test_{name}"][:count] for name in ("images", "truth", "tags"))
-        maps = (outputs[f"explore_{name}"] for name in ("cam", "gradcam", "rollout"))
-        regions = (outputs.get(f"explore_{name}") for name in ("confidence", "masks"))
-        names = classes_of(experiment.data), resolve(experiment), f"{label_of(experiment)}, {where([experiment])}"
-        return cls(*seen, tuple(outputs["explore_scales"].tolist()), *maps, *names, experiment.method, *regions)
+        self.images, self.truth, self.tags = (outputs[f"test_{name}"][:count] for name in ("images", "truth", "tags"))
+        self.cam, self.gradcam, self.rollout = (outputs[f"explore_{name}"] for name in ("cam", "gradcam", "rollout"))
+        self.confidence, self.masks = (outputs.get(f"explore_{name}") for name in ("confidence", "masks"))
+        self.scales, self.classes = tuple(outputs["explore_scales"].tolist()), classes_of(experiment.data)
+        self.recipe, self.method = resolve(experiment), experiment.method
+        self.title = f"{label_of(experiment)}, {where([experiment])}"
+        self.size = (9.0, 5.0 if self.has_regions else 2.9)
 
     @property
     def has_regions(self) -> bool:
@@ -137,22 +80,22 @@ class Maps(Explorer):
         sums = [(" + ".join(f"{scale:g}" for scale in part), part) for part in subsets]
         own = tuple(scale for scale in self.scales if scale in self.recipe.scales) or self.scales
         beta = self.recipe.beta
-        source = buttons("map", {name: key for key, name in SOURCES.items()}, "main")
-        scales = widgets.Dropdown(options=sums, value=own, **looks("scales, summed"))
+        source = panel.buttons("map", SOURCES, "main")
+        scales = widgets.Dropdown(options=sums, value=own, **panel.looks("scales, summed"))
         source.observe(lambda change: setattr(scales, "disabled", change.new not in LAYERS), "value")
         controls = {
-            "pair": slider("test image: class", pairs, pairs[0][1]),
+            "pair": panel.slider("test image: class", pairs, pairs[0][1]),
             "source": source,
             "scales": scales,
-            "beta": slider("beta, background", levels(hundredths, beta), beta),
+            "beta": panel.slider("beta, background", panel.levels(hundredths, beta), beta),
         }
         if self.has_regions:
             own = self.recipe.method
             controls |= {
-                "threshold": slider("tau_bin, of masks", levels(hundredths, own.tau), own.tau),
-                "radius": slider("radius of the gate", self.radii(), math.inf),
-                "rounds": whole("T, rounds of growth", own.rounds, 1, max(10, own.rounds)),
-                "share": slider("alpha, of the region", levels(hundredths, own.fusion), own.fusion),
+                "threshold": panel.slider("tau_bin, of masks", panel.levels(hundredths, own.tau), own.tau),
+                "radius": panel.slider("radius of the gate", self.radii(), math.inf),
+                "rounds": panel.whole("T, rounds of growth", own.rounds, 1, max(10, own.rounds)),
+                "share": panel.slider("alpha, of the region", panel.levels(hundredths, own.fusion), own.fusion),
             }
         return controls
 
@@ -165,13 +108,17 @@ class Maps(Explorer):
             inside |= {last: f"{last:.3g}, training's last"}
         return [*((words, radius) for radius, words in sorted(inside.items())), ("whole grid", math.inf)]
 
-    def compute(self, pair: tuple[int, int], source: str, scales: tuple[float, ...], beta: float, **growth) -> Activation:
+    def compute(self, pair: tuple[int, int], source: str, scales: tuple[float, ...], beta: float, **growth) -> Seen:
         """pair: image and class, from 0. source: of SOURCES. scales: those summed, for the two CAMs. growth: threshold
-        tau_bin, radius of the gate in patches, rounds T, share alpha of the region in the fused map."""
+        tau_bin, radius of the gate in patches, rounds T, share alpha of the region in the fused map.
+
+        cam: (C, H, W) in [0, 1], zeros for classes without a tag. label: (H, W), cut from it at beta. grown: of
+        `grown`, None for a run that keeps no masks.
+        """
         at = {"pair": pair, "source": source, "scales": scales, "beta": beta} | growth
         cam, tags = self.activation(pair, source, scales)
         grown = self.grown(cam, tags, at) if self.has_regions else None
-        return Activation(cam[0], cam_labels(cam, tags, beta)[0], grown, at)
+        return Seen(cam=cam[0], label=cam_labels(cam, tags, beta)[0], grown=grown, at=at)
 
     def activation(self, pair: tuple[int, int], source: str, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The chosen map (1, C, H, W) in [0, 1] and the tags (1, C) of the classes that it has, zeros for the others.
@@ -196,8 +143,13 @@ class Maps(Explorer):
         maps[0, shown] = found
         return maps, tags
 
-    def grown(self, cam: Tensor, tags: Tensor, at: dict[str, Any]) -> Grown:
-        """Regions of the image by the run's rules, with the position's tau_bin, T and gate."""
+    def grown(self, cam: Tensor, tags: Tensor, at: dict[str, Any]) -> Seen:
+        """Regions of the image by the run's rules, with the position's tau_bin, T and gate.
+
+        region: m_r (H, W) of the class. region_label: (H, W), labels of all regions, normalised as maps are. fused:
+        (C, H, W) in [0, 1], cam and regions mixed; label: (H, W), of it. listed: (N,) bool, the candidates. seeds: (T,)
+        patches, -1 where a round found none. joins: (T, N) bool, the group of each round, its seed included.
+        """
         (image, channel), own = at["pair"], self.recipe.method.expansion
         one, size = slice(image, image + 1), tuple(self.truth.shape[1:])
         rules = dataclasses.replace(own, threshold=at["threshold"], rounds=at["rounds"])
@@ -213,11 +165,11 @@ class Maps(Explorer):
         fused = losses.fused(cam, normal, at["share"])
         own_label, label = (cam_labels(maps, tags, at["beta"])[0] for maps in (normal, fused))
         place = pairs.classes[0].tolist().index(channel)
-        listed = rank[0, place] < rank.shape[2]
-        return Grown(regions[0, place], own_label, fused[0], label, listed, growth.seeds[0, place],
-                     growth.joins[0, place])  # fmt: skip
+        return Seen(region=regions[0, place], region_label=own_label, fused=fused[0], label=label,
+                    listed=rank[0, place] < rank.shape[2], seeds=growth.seeds[0, place],
+                    joins=growth.joins[0, place])  # fmt: skip
 
-    def numbers(self, seen: Activation) -> Numbers:
+    def numbers(self, seen: Seen) -> Numbers:
         image, channel = seen.at["pair"]
         labels = {self.name_of(seen): seen.label}
         if seen.grown is not None:
@@ -225,12 +177,12 @@ class Maps(Explorer):
         rows = []
         for name, label in labels.items():
             *shares, ratio = measure(label, self.truth[image], channel, len(self.classes))
-            rows.append((name, *map(percent, shares), f"{ratio:.2f}" if math.isfinite(ratio) else "-"))
+            rows.append((name, *map(panel.percent, shares), f"{ratio:.2f}" if math.isfinite(ratio) else "-"))
         columns = ("labels of", "IoU", "found, of the class", "right, of labelled", "over-activation, FP / TP")
         return Numbers(self.heading(seen), columns, rows)
 
-    def heading(self, seen: Activation) -> str:
-        """Which image and class, what grew or why nothing did, and what a reader has to know of the map and of the run."""
+    def heading(self, seen: Seen) -> str:
+        """Which image and class, what grew or why nothing did, and what to know of the map and of the run."""
         (image, channel), own = seen.at["pair"], self.recipe.method
         others = [self.classes[1 + other] for other in self.tags[image].nonzero()[:, 0].tolist() if other != channel]
         said = f"Test image {image}, {self.classes[1 + channel]}" + f" (beside {', '.join(others)})" * bool(others)
@@ -241,51 +193,46 @@ class Maps(Explorer):
             return f"{said}. No seeds, region or fused map: {why} {style_of(self.method).title} keeps none."
         seeds, listed, patches = (seen.grown.seeds >= 0).sum(), seen.grown.listed.sum(), len(seen.grown.listed)
         if seeds:
-            joined = int(seen.grown.joins.any(0).sum())
-            said += f". {counted(int(seeds), 'seed')}; {joined} of {listed} candidates are in the region, of {patches} patches."
+            joined = f"{int(seen.grown.joins.any(0).sum())} of {listed} candidates"
+            said += f". {panel.counted(int(seeds), 'seed')}; {joined} are in the region, of {patches} patches."
         else:
             said += f". No candidate among {patches} patches: the region is empty, and the fused map is the map itself."
         if not own.expand:
             said += " The run's expansion is off: T does nothing."
         scales = ", ".join(f"{scale:g}" for scale in scales_of(own.mask_scales or self.recipe.cam_scales))
-        return f"{said} Masks are of scale 1; the run mixes in those of scales {scales} and mirror images, without a gate."
+        return f"{said} Masks are of scale 1; the run mixes in those of scales {scales} and mirror images, ungated."
 
-    def name_of(self, seen: Activation) -> str:
+    def name_of(self, seen: Seen) -> str:
         """`CAM, scales 0.5 + 1`."""
         source, scales = seen.at["source"], seen.at["scales"]
         summed = f", scale{'s'[: len(scales) > 1]} {' + '.join(f'{scale:g}' for scale in scales)}"
         return SOURCES[source] + (summed if source in LAYERS else "")
 
     def layout(self, figure: FigureBase) -> list[Axes]:
-        return tiles(figure, 2 if self.has_regions else 1, 4, foot=0.1 if self.has_regions else 0.2)
+        return panel.tiles(figure, 2 if self.has_regions else 1, 4, foot=0.1 if self.has_regions else 0.2)
 
-    @property
-    def size(self) -> tuple[float, float]:
-        """In inches."""
-        return (9.0, 5.0) if self.has_regions else (9.0, 2.9)
-
-    def draw(self, axes: Sequence[Axes], seen: Activation) -> None:
+    def draw(self, axes: Sequence[Axes], seen: Seen) -> None:
         *grid, below = axes
         (image, channel), at, colours = seen.at["pair"], seen.at, class_colours(len(self.classes))
         truth, pixels = self.truth[image], self.images[image].permute(1, 2, 0).numpy()
         own, pale = truth == channel + 1, pixels.mean(2)
 
         def heat(axes: Axes, values: Tensor, title: str, cut: bool = True) -> None:
-            picture(axes, pale, title, cmap="gray", vmin=0, vmax=255)
+            panel.picture(axes, pale, title, cmap="gray", vmin=0, vmax=255)
             axes.imshow(values.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.65, interpolation="nearest")
             if cut:
-                outline(axes, values > at["beta"], CUT)
-            outline(axes, own, TRUE)
+                panel.outline(axes, values > at["beta"], CUT)
+            panel.outline(axes, own, TRUE)
 
         def flat(axes: Axes, label: Tensor, title: str) -> None:
-            picture(axes, colours[label.numpy()], title)
-            outline(axes, own, TRUE)
+            panel.picture(axes, colours[label.numpy()], title)
+            panel.outline(axes, own, TRUE)
 
         def fit(label: Tensor) -> str:
             share = measure(label, truth, channel, len(self.classes))[0]
-            return f"Its labels, beta = {at['beta']:g}: IoU {percent(share)}"
+            return f"Its labels, beta = {at['beta']:g}: IoU {panel.percent(share)}"
 
-        picture(grid[0], pixels, f"Test image {image}")
+        panel.picture(grid[0], pixels, f"Test image {image}")
         heat(grid[1], seen.cam[channel], self.name_of(seen))
         flat(grid[2], seen.label, fit(seen.label))
         flat(grid[3], truth, f"Truth (report only): {self.classes[channel + 1]}")
@@ -296,23 +243,25 @@ class Maps(Explorer):
         if seen.grown is not None:
             gated = "no gate" if math.isinf(at["radius"]) else f"r = {at['radius']:.3g}"
             entries += self.draw_growth(grid[4], pale, seen.grown, at)
-            outline(grid[4], own, TRUE)
+            panel.outline(grid[4], own, TRUE)
             heat(grid[5], seen.grown.region, f"Region m_r; tau_bin = {at['threshold']:g}, {gated}", cut=False)
             heat(grid[6], seen.grown.fused[channel], fused_name(at))
             flat(grid[7], seen.grown.label, fit(seen.grown.label))
-        key(below, entries, 10)
+        panel.key(below, entries, 10)
 
-    def draw_growth(self, axes: Axes, pale: np.ndarray, grown: Grown, at: dict[str, Any]) -> list[tuple[str, Any]]:
+    def draw_growth(self, axes: Axes, pale: np.ndarray, grown: Seen, at: dict[str, Any]) -> list[tuple[str, Any]]:
         """Patches in the colour of the round that they first joined in, other candidates grey; seeds with the number of
         their round and, where there is a gate, its disc. Returns entries of the key."""
         (high, wide), (rows, columns) = pale.shape, self.masks.shape[2:]
-        picture(axes, 0.35 * pale + 0.65 * 255, f"Seeds, and what joined; T = {at['rounds']}", cmap="gray", vmin=0, vmax=255)
+        title = f"Seeds, and what joined; T = {at['rounds']}"
+        panel.picture(axes, 0.35 * pale + 0.65 * 255, title, cmap="gray", vmin=0, vmax=255)
         palette = mpl.colormaps["viridis"](np.linspace(0.1, 0.95, len(grown.seeds)))
         cells = np.zeros((rows * columns, 4))
         cells[grown.listed.numpy()] = 0.2, 0.2, 0.2, 0.28
         for colour, group in reversed(list(zip(palette, grown.joins.numpy(), strict=True))):
             cells[group] = (*colour[:3], 0.75)
-        axes.imshow(cells.reshape(rows, columns, 4), extent=(-0.5, wide - 0.5, high - 0.5, -0.5), interpolation="nearest")
+        extent = (-0.5, wide - 0.5, high - 0.5, -0.5)
+        axes.imshow(cells.reshape(rows, columns, 4), extent=extent, interpolation="nearest")
         for number, (seed, colour) in enumerate(zip(grown.seeds.tolist(), palette, strict=True), 1):
             if seed < 0:
                 break  # no later round has a seed either
@@ -320,9 +269,9 @@ class Maps(Explorer):
             if not math.isinf(at["radius"]):
                 across, down = ((at["radius"] + 0.5) * side for side in (wide / columns, high / rows))
                 axes.add_patch(Ellipse((x, y), 2 * across, 2 * down, facecolor="none", edgecolor=colour, linewidth=1.5))
-            axes.text(x, y, str(number), color="white", fontsize=8, ha="center", va="center",
-                      bbox={"facecolor": "black", "pad": 1, "linewidth": 0})  # fmt: skip
-        rounds = [(f"round {number}" if number == 1 else str(number), colour) for number, colour in enumerate(palette, 1)]
+            words = axes.text(x, y, str(number), color="white", fontsize=8, ha="center", va="center")
+            words.set_path_effects([withStroke(linewidth=2, foreground="black")])
+        rounds = [("round " * (number == 1) + str(number), colour) for number, colour in enumerate(palette, 1)]
         return [("candidate that did not join", "0.65"), *rounds]
 
 
@@ -340,9 +289,3 @@ def measure(label: Tensor, truth: Tensor, channel: int, classes: int) -> tuple[f
     spilled, own = over_activation(counts), channel + 1
     recall = counts[own, own].double() / counts[own].sum()
     return tuple(map(float, (iou(counts)[own], recall, 1 - spilled.share[own], spilled.ratio[own])))
-
-
-def regions(experiment: Experiment, root: Path | None = None) -> Panel | Figure:
-    """Maps of a finished run at any scale and threshold, and PCRE's regions as they grow."""
-    title = "What a map lights up, and how a region grows"
-    return opened(title, [experiment], root, lambda _: Maps.read(experiment, root))
