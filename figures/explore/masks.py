@@ -40,9 +40,10 @@ class Weights(Explorer):
 
     def __init__(self, experiment: Experiment, root: Path | None = None) -> None:
         folder = folder_of(experiment, root)
-        kept, outputs = load_moments(folder), load_outputs(folder)
+        kept = load_moments(folder)
         if not kept:
             raise Missing("moment of its training")
+        outputs = load_outputs(folder)
         images, truth = outputs["pool_images"], outputs["pool_truth"]
         self.moments = {step: Moment(step, images, truth, **seen) for step, seen in kept.items()}
         self.classes, self.settings = classes_of(experiment.data), resolve(experiment).method

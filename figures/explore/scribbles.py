@@ -260,7 +260,7 @@ class Proposals(Explorer):
             ("Network's argmax", colours[seen.argmax]),
             (f"Proposal: E = {seen.proposal.energy:.4f}", colours[proposal]),
             ("Truth (report only)", colours[truth]),
-            ("Least w to the right and below; dark: cheap", np.minimum(right[:-1], down[:, :-1])),
+            ("Least edge weight w; dark: cheap", np.minimum(right[:-1], down[:, :-1])),
             (f"Start: E = {seen.start.energy:.4f}", colours[seen.start.labels]),
             (moved, panel.fade(colours[proposal], differs)),
             (good, verdict),
