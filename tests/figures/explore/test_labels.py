@@ -79,7 +79,11 @@ def test_selections_and_their_quality_by_loops(t_p, s_p, t_n, s_n, seed):
         assert count == f"{len(found)} of {total}"
         values = [len(found) / total]
         if pairs:
-            values += [sum(y for _, y in pairs) / len(pairs), sum(c for c, _ in pairs) / len(pairs), binned_error(pairs)]
+            values += [
+                sum(y for _, y in pairs) / len(pairs),
+                sum(c for c, _ in pairs) / len(pairs),
+                binned_error(pairs),
+            ]
         assert [float(share.rstrip(" %")) for share in shares[: len(values)]] == pytest.approx(
             [100 * value for value in values], abs=0.006
         )  # two decimals are shown
@@ -304,5 +308,7 @@ def test_a_mixture_is_the_weighted_mean_of_pixels(mixed):
     seen = mixed.compute("unlabelled", 5, 0.25, 0, "random", 15)
     mixed.draw(axes, seen)
     sheet = axes[1].images[0].get_array()
-    own, other = (mixed.images[side.index[0]][0].double() for side in (seen.mixups[0].labelled, seen.mixups[0].unlabelled))
+    own, other = (
+        mixed.images[side.index[0]][0].double() for side in (seen.mixups[0].labelled, seen.mixups[0].unlabelled)
+    )
     np.testing.assert_allclose(sheet[2:30, 82:110, 0], 0.25 * own + 0.75 * other, atol=0.5)

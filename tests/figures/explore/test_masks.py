@@ -126,7 +126,9 @@ def test_pictures_show_image_kept_truth_label_and_verdict():
     pale = [tuple(int(0.12 * part + 0.88 * 255) for part in colour) for colour in (RIGHT, UNKNOWN)]
     assert [tuple(pixel) for pixel in verdict.tolist()] == [RIGHT, WRONG, *pale]
     dots = axes[0].collections[-1]
-    places = {tuple(place): tuple(colour[:3]) for place, colour in zip(dots.get_offsets().tolist(), dots.get_facecolors())}
+    places = {
+        tuple(place): tuple(colour[:3]) for place, colour in zip(dots.get_offsets().tolist(), dots.get_facecolors())
+    }
     expected = zip(zip(*spaced(confidence.ravel(), (1 - confidence.ravel()) ** 2 / 5), strict=True),
                    (RIGHT, WRONG, RIGHT, UNKNOWN), strict=True)  # fmt: skip
     for place, colour in expected:
