@@ -107,16 +107,6 @@ def test_without_passes_the_plain_prediction_is_perfectly_stable():
     assert not thresholds().controls()["positive_stability"].disabled
 
 
-def test_images_shown_are_the_surest_the_least_sure_and_the_mistaken():
-    explorer = thresholds()
-    seen = explorer.compute(0.5, 0.5, 0.4, 0.5)
-    (_, surest, _), (_, least, _), (heading, mistaken, _) = explorer.strips(seen, shown=3)
-    order = sorted((float(seen.confidence[i]), i) for i in seen.mask.nonzero()[:, 0].tolist())
-    assert surest == [i for _, i in order[::-1][:3]] and least == [i for _, i in order[:3]]
-    wrong = [i for i, c in seen.negative_mask.nonzero().tolist() if c == explorer.truth[i]]
-    assert set(mistaken) <= set(wrong) and len(mistaken) == min(3, len(wrong)) and f"({len(wrong)} in all)" in heading
-
-
 def test_thresholds_start_at_those_of_the_last_epoch(tmp_path):
     def start(**changes):
         experiment = COMMATCH.with_(**changes)
@@ -134,24 +124,6 @@ def test_thresholds_start_at_those_of_the_last_epoch(tmp_path):
     assert panel.position(fixmatch.controls()) == pytest.approx(
         dict(zip(fixmatch.controls(), fixmatch.start, strict=True))
     )
-
-
-def test_selected_dots_lie_in_the_regions_that_are_drawn():
-    explorer, limits = thresholds(), (0.6, 0.05, 0.1, 0.01)
-    seen = explorer.compute(*limits)
-    axes = explorer.layout(Figure())
-    explorer.draw(axes, seen)
-    for plane, x, y, mask in (
-        (axes[0], seen.confidence, seen.deviation, seen.mask),
-        (axes[1], seen.negative_mean, explorer.spread(1.0)[1], seen.negative_mask),
-    ):
-        (region,) = plane.patches
-        box = region.get_bbox()
-        x, y = x.clamp(min=labels.FLOOR), y.clamp(min=labels.FLOOR)
-        inside = (x >= box.x0) & (x <= box.x1) & (y < box.y1)
-        if plane is axes[1]:
-            inside.scatter_(1, seen.label[:, None], False)  # the most probable class is no dot here
-        assert torch.equal(inside, mask)
 
 
 # Reliability
@@ -209,19 +181,6 @@ def test_calibration_numbers_by_loops(temperature, bins, closing, spacing, seed)
     for place in (0, 20, 40):
         _, ece, _, nll, _ = by_loops(predictions, float(labels.SWEEP[place]), bins, closing, spacing)
         assert (seen.ece[place], seen.nll[place]) == pytest.approx((ece, nll), abs=1e-9)
-
-
-def test_bars_stand_where_the_bins_are_and_lines_at_the_temperatures():
-    logits = torch.tensor([[math.log(9.0), 0.0]]).expand(20, 2)  # all at .9, half of them right
-    explorer = reliability(Predictions(logits, torch.tensor([0, 1]).repeat(10), 2.5))
-    axes = explorer.layout(Figure())
-    explorer.draw(axes, explorer.compute("a run", 1.0, 5, "right", "width"))
-    accuracy, gap = (patch.get_bbox().bounds for patch in axes[0].patches)
-    assert accuracy == pytest.approx((0.8, 0, 0.2, 0.5)) and gap == pytest.approx((0.8, 0.5, 0.2, 0.4))
-    assert axes[1].patches[0].get_height() == 20
-    assert [line.get_xdata()[0] for line in axes[2].lines[1:]] == [1.0, 2.5]
-    explorer = reliability(Predictions(logits, torch.tensor([0, 1]).repeat(10), None))
-    assert len(explorer.compute("a run", 1.0, 5, "right", "width").rows) == 2, "no image was held out"
 
 
 # Margins
@@ -301,14 +260,3 @@ def test_too_few_margins_mix_nothing(mixed):
     assert "no mixtures" in texts(figure)
     hard = made(Mixtures, **vars(mixed) | {"settings": CalibrateMixSettings(pairing="hard-hard")})
     assert [mixup.halves for mixup in hard.mixups(0, "random", 15)] == [("hard", "hard")]
-
-
-def test_a_mixture_is_the_weighted_mean_of_pixels(mixed):
-    axes = mixed.layout(Figure())
-    seen = mixed.compute("unlabelled", 5, 0.25, 0, "random", 15)
-    mixed.draw(axes, seen)
-    sheet = axes[1].images[0].get_array()
-    own, other = (
-        mixed.images[side.index[0]][0].double() for side in (seen.mixups[0].labelled, seen.mixups[0].unlabelled)
-    )
-    np.testing.assert_allclose(sheet[2:30, 82:110, 0], 0.25 * own + 0.75 * other, atol=0.5)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from figures.explore import panel
-from figures.explore.masks import Weights, measure, spaced
-from figures.explore.panel import RIGHT, UNKNOWN, WRONG
-from figures.plane import Moment, class_colours, classes_of, selection
+from figures.explore.masks import Weights, measure
+from figures.plane import Moment, classes_of
 from repro.methods.few_masks.csl import CSLSettings
 from repro.runs import load_moments, load_outputs
 from tests.fake_mask_runs import STEPS, features, probabilities, scenes, write_mask_run
@@ -78,14 +77,6 @@ def test_numbers_by_loops(n, seed, knowing):
     assert measure(weight, right, known) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
-def test_numbers_agree_with_those_of_the_figures():
-    explorer = two_moments()
-    seen = explorer.compute(1, 100, **START)
-    weight, known = seen.weights["gaussian"], seen.moment.known[0]  # the figures leave pixels of unknown truth out
-    kept, right, *_ = measure(weight[known], seen.moment.right[0][known], known[known])
-    assert (kept, right) == pytest.approx(selection(weight, seen.moment.right[0], known))
-
-
 def test_the_table_compares_the_rules_and_marks_the_chosen_one():
     explorer = two_moments()
     seen = explorer.compute(2, 200, **START | {"selection": "hard", "threshold": 0.9, "alpha": 2.0})
@@ -109,44 +100,6 @@ def test_an_image_without_truth_has_a_share_and_no_accuracy():
     assert axes[6].images[0].get_array().shape == (32, 40, 3) and len(axes) == 8
     shown = axes[6].images[0].get_array().reshape(-1, 3)
     assert (shown.max(1) - shown.min(1) == 0).all(), "neither right nor wrong, but grey"
-
-
-def test_pictures_show_image_kept_truth_label_and_verdict():
-    """Four pixels: sure and right, sure and wrong, unsure and right, unsure and of unknown truth."""
-    confidence = torch.tensor([[[0.97, 0.96], [0.5, 0.6]]])
-    label, truth = torch.tensor([[[0, 1], [2, 3]]]).byte(), torch.tensor([[[0, 2], [2, 255]]]).byte()
-    images = torch.tensor([[[10, 20], [30, 40]]] * 3).byte()[None]
-    explorer = of({5: Moment(5, images, truth, confidence, (1 - confidence) ** 2 / 5, label)})
-    axes, colours = explorer.layout(Figure()), class_colours(6)
-    explorer.draw(axes, explorer.compute(0, 5, **START | {"selection": "threshold", "threshold": 0.9}))
-    image, kept, _, hidden, pseudo, verdict = (part.images[0].get_array().reshape(4, 3) for part in axes[1:7])
-    assert image[:, 0].tolist() == [10, 20, 30, 40]
-    assert kept[:, 0].tolist() == [10, 20, *(int(0.12 * grey + 0.88 * 255) for grey in (30, 40))]
-    assert np.array_equal(hidden, colours[[0, 2, 2, 255]]) and np.array_equal(pseudo, colours[[0, 1, 2, 3]])
-    pale = [tuple(int(0.12 * part + 0.88 * 255) for part in colour) for colour in (RIGHT, UNKNOWN)]
-    assert [tuple(pixel) for pixel in verdict.tolist()] == [RIGHT, WRONG, *pale]
-    dots = axes[0].collections[-1]
-    places = {
-        tuple(place): tuple(colour[:3]) for place, colour in zip(dots.get_offsets().tolist(), dots.get_facecolors())
-    }
-    expected = zip(zip(*spaced(confidence.ravel(), (1 - confidence.ravel()) ** 2 / 5), strict=True),
-                   (RIGHT, WRONG, RIGHT, UNKNOWN), strict=True)  # fmt: skip
-    for place, colour in expected:
-        assert places[place] == pytest.approx(np.array(colour) / 255)
-    assert axes[0].lines[0].get_xdata()[0] == pytest.approx(1.0), "the threshold, -log10 of .1"
-
-
-def test_the_plane_stays_while_the_step_moves_and_holds_every_pixel():
-    explorer = two_moments()
-    limits = set()
-    for step in (100, 200):
-        plane, *rest = explorer.layout(Figure())
-        explorer.draw([plane, *rest], explorer.compute(1, step, **START))
-        limits.add((*plane.get_xlim(), *plane.get_ylim()))
-        x, y = spaced(explorer.moments[step].confidence[1], explorer.moments[step].residual[1])
-        x0, x1, y0, y1 = (*plane.get_xlim(), *plane.get_ylim())
-        assert x0 < x.min() and x.max() < x1 and y0 < y.min() and y.max() < y1
-    assert len(limits) == 1
 
 
 def test_a_run_is_read_and_starts_under_its_own_rule(tmp_path):

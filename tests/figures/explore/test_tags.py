@@ -107,12 +107,6 @@ def test_maps_are_normalised_sums_and_labels_the_largest_above_beta(maps, source
         assert seen.grown is None
 
 
-def test_a_constant_map_labels_nothing(maps):
-    maps.cam = torch.full_like(maps.cam, 0.5)
-    seen = maps.compute(pairs_of(maps)[0], "main", SCALES, 0.0, **GROWTH)
-    assert not seen.cam.any() and not seen.label.any()
-
-
 @pytest.mark.parametrize("settings", [{}, {"resize": "group"}, {"expand": False}], ids=str)
 def test_the_region_and_the_fused_map_are_the_methods_own(maps, settings):
     maps = with_settings(maps, tau=0.6, rounds=4, fusion=0.45, **settings)
@@ -131,18 +125,6 @@ def test_the_region_and_the_fused_map_are_the_methods_own(maps, settings):
         torch.testing.assert_close(seen.grown.fused, fused[0])
         assert torch.equal(seen.grown.region_label, cam.cam_labels(normal, maps.tags[one], start["beta"])[0])
         assert torch.equal(seen.grown.label, cam.cam_labels(fused, maps.tags[one], start["beta"])[0])
-
-
-def test_rounds_start_from_one_seed_and_only_add(maps):
-    several = 0
-    for pair in pairs_of(maps):
-        grown = [maps.compute(pair, **START, **GROWTH | {"rounds": rounds}).grown for rounds in range(1, 6)]
-        assert (grown[0].seeds >= 0).sum() == 1
-        assert maps.confidence[(pair[0], slice(None), pair[1])].argmax() == grown[0].seeds[0], "the surest patch"
-        for fewer, more in zip(grown, grown[1:], strict=False):
-            assert torch.equal(more.seeds[:-1], fewer.seeds) and (more.region >= fewer.region).all()
-        several += int((grown[-1].seeds >= 0).sum() > 1)
-    assert several
 
 
 def test_the_gate_keeps_masks_near_their_patch(maps):
