@@ -24,10 +24,10 @@ from figures import style
 from figures.style import Drawing, label_of, message, themed, where
 from figures.tables import NOT_RUN
 from repro.data.masks import IGNORE, palette
-from repro.data.masks_sources import MASK_SOURCES
+from repro.data.folders import MASK_SOURCES
 from repro.data.scenes import DEFAULT
 from repro.experiment import Experiment
-from repro.methods.few_masks.separation import Reliable, pixel_weights, reliable_statistics, separate
+from repro.methods.few_masks.csl import Reliable, pixel_weights, reliable_statistics, separate
 from repro.runs import folder_of, is_finished, load_moments, load_outputs
 from repro.settings import SettingError
 

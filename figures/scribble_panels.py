@@ -18,7 +18,7 @@ from figures.tables import NOT_RUN
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
 from repro.grid import EMBEDDED
-from repro.methods.scribbles.lengths import PUBLISHED
+from repro.methods.scribbles.common import PUBLISHED
 from repro.runs import folder_of, is_finished, load_outputs
 from repro.settings import SettingError
 

@@ -7,14 +7,12 @@ A run folder holds `experiment.json` (what was asked), `history.jsonl`, `checkpo
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -23,15 +21,21 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from repro.experiment import Experiment, record, resolve, run_id
 from repro.files import CorruptFile, History, atomic_path, load_state, read_json, save_state, write_json
-from repro.grid import PAPERS
+from repro.papers import SPECS
 from repro.recipe import Recipe
 from repro.settings import SettingError
 from repro.tasks import monitors
 from repro.train import CHECKPOINT, MOMENTS, Interrupted, seed_everything, train
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PACKAGES = ("torch", "numpy", "pandas", "datasets", "pyarrow", "scipy", "pillow", "safetensors")
 
@@ -86,7 +90,7 @@ def _execute(experiment, folder, data_root, device, on_step) -> dict:
     recipe = resolve(experiment)
     with _threads(recipe.threads):
         seed_everything(experiment.seed)
-        task = PAPERS[experiment.paper].spec.supervision.task.prepare(experiment, recipe, device, data_root)
+        task = SPECS[experiment.paper].supervision.task.prepare(experiment, recipe, device, data_root)
         saved = record(experiment) | {"data_digest": task.data_digest}
         _claim(folder, saved)
         started, origin = time.monotonic(), provenance(device, recipe) | {"weights": task.weights}
@@ -99,7 +103,7 @@ def _execute(experiment, folder, data_root, device, on_step) -> dict:
         with atomic_path(folder / "weights.safetensors") as part:
             state = {key: value.contiguous().cpu() for key, value in network.state_dict().items()}
             save_file(state, part, metadata={"run": folder.name})
-        reported = summary(history, PAPERS[experiment.paper].HEADLINES[0])
+        reported = summary(history, SPECS[experiment.paper].headlines[0])
         reported["last"]["ema"] = reported["last"]["ema"] | task.after(outputs)
         metrics = saved | {
             "run": folder.name,
@@ -157,8 +161,10 @@ def cost(history: History, recipe: Recipe, device: torch.device, wall: float) ->
     samples = sum(row["seconds"] * row["samples_per_second"] for row in rows)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-    else:
+    elif resource is not None:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        memory = math.nan
     return {
         "train_seconds": seconds,
         "wall_seconds": wall,
@@ -208,10 +214,12 @@ def provenance(device: torch.device, recipe: Recipe) -> dict:
 
 @functools.cache
 def source_digest() -> str:
-    """Digest of the package's Python sources, so that a report can tell runs made by other code."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """Digest of the code that decides a result: everything but batches, the command line and figures."""
+    digest, folder = hashlib.blake2b(digest_size=8), Path(__file__).parent
+    kinds = (".py", ".toml")
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in kinds):
+        if path.relative_to(folder).parts[0] not in ("batch", "__main__.py"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -257,17 +265,18 @@ def _claim(folder: Path, saved: dict) -> None:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the run folder against other processes; the lock dies with the process that holds it."""
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
+        lock.acquire()
+    except Timeout as error:
+        raise RunBusy(f"{folder} is being run by another process; wait for it or stop it") from error
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         raise OSError(f"cannot write in {folder} ({error}); name another folder: --runs, or REPRO_RUNS") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunBusy(f"{folder} is being run by another process; wait for it or stop it") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

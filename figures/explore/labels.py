@@ -24,7 +24,7 @@ from repro.experiment import Experiment, resolve
 from repro.measure import calibration
 from repro.measure.reliability import reliability
 from repro.methods.few_labels import commatch
-from repro.methods.few_labels.pairing import PAIRINGS, cosine_similarity, draw_pairs
+from repro.methods.few_labels.calibratemix import PAIRINGS, cosine_similarity, draw_pairs
 from repro.runs import folder_of, load_outputs
 
 # ComMatch: which pseudo-labels some thresholds select

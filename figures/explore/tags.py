@@ -29,9 +29,8 @@ from repro.cam import cam_labels, min_max, over_activation, widened
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment, resolve
 from repro.measure.segmentation import confusion, iou
-from repro.methods.image_tags import losses
-from repro.methods.image_tags.maxima import region_masks
-from repro.methods.image_tags.regions import by_class, candidates, gate, grow, shown_classes
+from repro.methods.image_tags import pcre
+from repro.methods.image_tags.pcre import by_class, candidates, gate, grow, region_masks, shown_classes
 from repro.recipe import scales_of
 from repro.runs import folder_of, load_outputs
 
@@ -162,7 +161,7 @@ class Maps(Explorer):
         read[0] = True  # one at least
         regions = region_masks(masks[:, read], joined[:, :, read], size, rules.resize)
         normal = min_max(by_class(regions, pairs, cam.shape[1]))
-        fused = losses.fused(cam, normal, at["share"])
+        fused = pcre.fused(cam, normal, at["share"])
         own_label, label = (cam_labels(maps, tags, at["beta"])[0] for maps in (normal, fused))
         place = pairs.classes[0].tolist().index(channel)
         return Seen(region=regions[0, place], region_label=own_label, fused=fused[0], label=label,

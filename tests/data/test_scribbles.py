@@ -10,29 +10,26 @@ from scipy import ndimage
 from scipy.sparse.csgraph import floyd_warshall
 
 from repro.data.catalogue import DataError
-from repro.data.folders import VOC_CLASSES
+from repro.data.folders import VOC_CLASSES, open_masks
 from repro.data.mask_views import PADDING, MaskViews, draw_window
 from repro.data.masks import draw_masks
-from repro.data.masks_sources import open_masks
 from repro.data.pools import draw_folder
 from repro.data.scenes import scenes
-from repro.data.scribble_layout import (
-    PaddedViews,
-    frame_window,
-    framed,
-    open_scribbles,
-    scribbles_from,
-    trace,
-    xml_scribbles,
-)
 from repro.data.scribbles import (
     LEAST,
     LENGTHS,
+    PaddedViews,
     draw_scribbles,
+    frame_window,
+    framed,
+    open_scribbles,
     reach_of,
     reaches_of,
     scene_scribbles,
+    scribbles_from,
     scribbles_of,
+    trace,
+    xml_scribbles,
 )
 from tests.data.mask_fixtures import mask_of, name_of, size_of, small_voc, write_mask
 from tests.data.test_mask_views import NoHostReads

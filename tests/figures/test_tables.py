@@ -178,9 +178,8 @@ def test_rule_and_weights_choose_the_number_and_unknown_ones_are_refused(tmp_pat
 def test_names_agree_with_what_runs_store():
     import torch
 
-    from repro.tasks.crf_scores import final_scores
     from repro.tasks.labels import temperature_scaled
-    from repro.tasks.tags import cam_report
+    from repro.tasks.tags import cam_report, final_scores
 
     probs, labels = torch.tensor([[0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]), torch.tensor([0, 1, 1])
     arrays = {

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from repro.data.mask_views import MaskViews
 from repro.solvers.crf import CRF, lattice_crf, mean_field
-from repro.tasks.crf_scores import final_counts
+from repro.tasks.tags import final_counts
 from tests.solvers.test_crf import C
 from tests.tasks.test_crf_scores import PROTOCOLS, K, Network, batches
 

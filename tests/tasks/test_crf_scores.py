@@ -10,8 +10,8 @@ from torch import nn
 from repro.data.mask_views import MaskViews
 from repro.measure.segmentation import confusion
 from repro.solvers.crf import CRF, dense_crf
-from repro.tasks import crf_scores
-from repro.tasks.crf_scores import Protocol, final_counts, final_scores, inference_of, protocol_of
+from repro.tasks import tags as crf_scores
+from repro.tasks.tags import Protocol, final_counts, final_scores, inference_of, protocol_of
 
 K = 4
 CRFS = CRF(1.0, 1.0, 4.0, 6.0, 30.0, 3)

@@ -10,12 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
 
-from repro import runs
 from repro.data.catalogue import DataError
+from repro.data.folders import MaskFolder, open_masks
 from repro.data.masks import IGNORE, draw_masks
-from repro.data.masks_sources import MaskFolder, open_masks
 from repro.data.pools import draw_folder
 from repro.data.scenes import scenes
 from repro.experiment import Experiment, resolve
@@ -26,10 +24,10 @@ from repro.models.pretrained import WeightsError
 from repro.runs import execute, folder_of, load_history, load_metrics, load_moments, load_outputs
 from repro.settings import SettingError
 from repro.tasks import masks as task
-from repro.train import CHECKPOINT, Interrupted, Items, Now, seed_everything
+from repro.tasks.common import build_deeplab
+from repro.train import Interrupted, seed_everything
 from tests.data import mask_fixtures
 from tests.data.mask_fixtures import mask_of, name_of, size_of, small_cityscapes, small_voc
-from tests.tasks.test_labels import NoWaiting
 
 SIDE, SHOWN, IMAGES, TESTS = 48, 4, 12, 5
 FAST = {"crop": SIDE, "images": IMAGES, "tests": TESTS, "batch": 2, "steps": 6, "eval_every": 3, "log_every": 1,
@@ -64,7 +62,7 @@ def normalised(images):
 
 def trained(experiment, folder, classes):
     """The network of a finished run, in eval mode and in the memory format of training."""
-    network, _ = task.build(resolve(experiment), classes)
+    network, _ = build_deeplab(resolve(experiment), classes)
     network.load_state_dict(load_file(folder / "weights.safetensors"))
     return network.eval().to(memory_format=torch.channels_last)
 
@@ -206,24 +204,6 @@ def test_the_same_seed_shows_the_same_scenes_to_every_method(root, method):
     assert torch.equal(outputs["pool_images"], train.images[outputs["pool_index"]])
 
 
-def test_two_runs_are_bit_identical(root, tmp_path):
-    execute(scene_run("unimatch"), tmp_path)
-    same_result(folder_of(scene_run("unimatch"), tmp_path), folder_of(scene_run("unimatch"), root))
-
-
-def test_a_stopped_run_ends_as_if_undisturbed(root, tmp_path):
-    def stop(done, total, row):
-        if done == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Interrupted, match="run it again to continue"):
-        execute(scene_run("csl"), tmp_path, on_step=stop)
-    folder = folder_of(scene_run("csl"), tmp_path)
-    assert (folder / CHECKPOINT).exists() and not runs.is_finished(scene_run("csl"), tmp_path)
-    execute(scene_run("csl"), tmp_path)
-    same_result(folder, folder_of(scene_run("csl"), root))
-
-
 def test_a_run_that_failed_after_a_moment_writes_it_again(root, tmp_path):
     """The moment of step 3 is newer than the checkpoint of step 2."""
     folder = folder_of(scene_run("csl"), tmp_path)
@@ -251,48 +231,6 @@ def test_every_mask_shown_leaves_every_image_unlabelled_too(tmp_path):
 # Steps on the device
 
 
-def one_batch(run, recipe, count=4):
-    streams = run.method.streams(run.pool, recipe)
-    generator = torch.Generator().manual_seed(0)
-    batch = {}
-    for name, (indices, _) in streams.items():
-        index = indices[torch.randint(len(indices), (count,), generator=generator)]
-        batch[name] = Items(index, run.pool.images[index], run.pool.labels[index])
-    return batch
-
-
-@pytest.mark.parametrize(
-    ("method", "changes"),
-    [(method, {"labelled_loss": loss}) for method in METHODS for loss in ("ce", "ohem")]
-    + [("csl", {"scope": "class"}), ("csl", {"scope": "batch"}), ("csl", {"selection": "threshold"})],
-    ids=str,
-)
-def test_no_step_waits_on_the_host(method, changes):
-    run, recipe = prepared(method, **changes)
-    run.method.train()
-    batch = one_batch(run, recipe)
-    with NoWaiting():
-        losses = run.method.losses(batch, Now(0, 6, 0, 0, None))
-        torch.stack([term.float() for term in losses.terms.values()]).sum().backward()
-        run.monitor.observe(losses.pseudo)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bf16_reaches_every_parameter_that_fp32_reaches(method):
-    """Casts that a pass without gradients leaves behind must not serve a pass with them."""
-    reached = {}
-    for precision in ("fp32", "bf16"):
-        run, recipe = prepared(method)
-        run.method.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-            losses = run.method.losses(one_batch(run, recipe), Now(0, 6, 0, 0, None))
-        torch.stack([term.float() for term in losses.terms.values()]).sum().backward()
-        parameters = run.method.network.named_parameters()
-        reached[precision] = {name for name, p in parameters if p.grad is not None and p.grad.any()}
-    weights = {f"{n}.weight" for n, m in run.method.network.named_modules() if isinstance(m, nn.Conv2d)}
-    assert weights <= reached["bf16"] == reached["fp32"]
-
-
 def test_the_network_is_the_recipes():
     run, _ = prepared("csl")
     assert run.method.network.classifier.out_channels == 6
@@ -307,8 +245,8 @@ def test_the_network_is_the_recipes():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"images": 3}, SettingError, "labels is 4, images 3, tests 5: scenes show 1 to `images` masks"),
-        ({"tests": 0}, SettingError, "tests 0: scenes show"),
+        ({"images": 3}, SettingError, "labels is 4, images 3: scenes show 1 to `images` masks"),
+        ({"tests": 0}, SettingError, "tests 0: scenes need at least one of both"),
         ({"crop": 32}, SettingError, "crop is 32; scenes are made at the crop's size, 48 to 128"),
         ({"weights": "nowhere.safetensors"}, WeightsError, "there is no file nowhere.safetensors"),
     ],
@@ -471,41 +409,6 @@ def test_budgets_name_the_published_lists():
     assert task.budget_of("cityscapes", 186) == "1_16" and task.budget_of("coco2017", 925) == "1_128"
     with pytest.raises(ValueError, match="labels is 90; the published lists of voc show 92, 183, .*, 10582 masks"):
         task.budget_of("voc", 90)
-
-
-@pytest.mark.parametrize(("height", "width"), [(5, 9), (12, 4), (7, 7), (3, 3), (20, 8)])
-def test_fitted_cuts_the_centre_and_pads_right_and_below(height, width):
-    image = torch.arange(3 * height * width).view(3, height, width).byte()
-    mask = torch.arange(height * width).view(height, width).byte()
-    found, labels = task._fitted(image, mask, 7)
-    assert found.shape == (3, 7, 7) and labels.shape == (7, 7)
-    top, left = max(height - 7, 0) // 2, max(width - 7, 0) // 2
-    for i in range(7):
-        for j in range(7):
-            inside = i + top < height and j + left < width
-            assert labels[i, j] == (mask[i + top, j + left] if inside else IGNORE)
-            assert torch.equal(found[:, i, j], image[:, i + top, j + left] if inside else torch.zeros(3).byte())
-
-
-def test_spread_is_even_and_never_more_than_there_is():
-    assert task._spread(torch.arange(0, 100, 10), 4).tolist() == [0, 30, 60, 90]
-    assert task._spread(torch.tensor([3, 5]), 8).tolist() == [3, 5]
-
-
-def test_reading_ahead_keeps_the_order_and_its_depth():
-    from concurrent.futures import ThreadPoolExecutor
-
-    started = []
-
-    def call(item):
-        started.append(item)
-        return item**2
-
-    with ThreadPoolExecutor(3) as threads:
-        results = task._ahead(threads, call, range(20), 4)
-        assert next(results) == 0
-        assert max(started) < 4
-        assert list(results) == [n**2 for n in range(1, 20)]
 
 
 def test_a_run_says_where_its_weights_come_from(tmp_path):

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,22 +13,22 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from repro.data.catalogue import DataError
-from repro.data.masks_sources import MaskFolder
+from repro.data.folders import MaskFolder
 from repro.data.scenes import scenes
-from repro.data.scribble_layout import PaddedViews
-from repro.data.scribbles import draw_scribbles, reaches_of
+from repro.data.scribbles import PaddedViews, draw_scribbles, reaches_of
 from repro.experiment import Experiment, resolve
-from repro.grid import PAPERS
 from repro.methods.scribbles import METHODS, settings_for
 from repro.models.pretrained import WeightsError
+from repro.papers import SPECS, Spec, Supervision
 from repro.recipe import ScribbleRecipe
 from repro.runs import execute, folder_of, load_history, load_metrics, load_moments, load_outputs
 from repro.settings import SettingError
 from repro.tasks import scribbles as task
-from repro.train import CHECKPOINT, Interrupted, Items, Now, seed_everything
+from repro.tasks.common import build_deeplab
+from repro.train import Interrupted, Now, seed_everything
 from tests.data.mask_fixtures import mask_of, name_of, size_of
 from tests.data.test_scribbles import write_scribbles
-from tests.tasks.test_labels import NoWaiting
+from tests.host_waits import NoWaiting
 from tests.tasks.test_masks import normalised, read, untimed
 
 SIDE, IMAGES, TESTS, LENGTH = 48, 10, 5, 50
@@ -59,12 +58,10 @@ def recipe(method, data, labels, scale):
 @pytest.fixture(scope="module", autouse=True)
 def paper():
     """A paper of these methods whose recipes are small."""
-    stand_in = SimpleNamespace(
-        METHODS=tuple(METHODS), DATA=("scenes", "voc"), BUDGET="scribble length {} %", HEADLINES=("miou",),
-        recipe=recipe, task=lambda experiment: task, check_budget=lambda *_: None, check_recipe=lambda _: None,
-    )  # fmt: skip
+    supervision = Supervision("scribble length {} %", task, recipe, lambda *_: None, lambda _: None)
+    stand_in = Spec(PAPER, "", "", supervision, tuple(METHODS), ("scenes", "voc"), ("miou",), ())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PAPERS, PAPER, stand_in)
+        patch.setitem(SPECS, PAPER, stand_in)
         yield
 
 
@@ -91,7 +88,7 @@ def root(paper, tmp_path_factory):
 
 def trained(experiment, folder, classes):
     """The network of a finished run, in eval mode and in the memory format of training."""
-    network, _ = task.build(resolve(experiment), classes)
+    network, _ = build_deeplab(resolve(experiment), classes)
     network.load_state_dict(load_file(folder / "weights.safetensors"))
     return network.eval().to(memory_format=torch.channels_last)
 
@@ -311,23 +308,6 @@ def same_result(a, b):
         assert [key for key in first if not torch.equal(first[key], second[key])] == [], name
 
 
-@pytest.mark.parametrize("stop_at", [2, 3, 5, 7])
-def test_a_stopped_run_ends_as_if_undisturbed(root, tmp_path, stop_at):
-    """In the first stage, at its end, between two stages A, and at the second of them."""
-
-    def stop(done, total, row):
-        if done == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    experiment = scene_run("robust_trust_region")
-    with pytest.raises(Interrupted, match="run it again to continue"):
-        execute(experiment, tmp_path, on_step=stop)
-    folder = folder_of(experiment, tmp_path)
-    assert (folder / CHECKPOINT).exists()
-    execute(experiment, tmp_path)
-    same_result(folder, folder_of(experiment, root))
-
-
 def test_a_run_that_was_killed_between_refreshes_solves_nothing_anew(root, tmp_path, monkeypatch):
     """The stored proposals are in the checkpoint of step 4; stage A ran before step 4 and runs again before step 8."""
     experiment = scene_run("robust_trust_region")
@@ -361,42 +341,6 @@ def test_worker_processes_solve_the_same(root, tmp_path):
 # Steps on the device
 
 
-def one_batch(run, resolved, count=4):
-    ((name, _),) = run.method.streams(run.pool, resolved).items()
-    index = torch.arange(count)
-    return {name: Items(index, run.pool.images[index], run.pool.labels[index])}
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "adm"])
-def test_no_step_waits_on_the_host(method, stage):
-    """But for ADM, whose every step is solved on the host."""
-    run, resolved = prepared(method)
-    run.method.train().begin_stage(stage, run.pool)
-    run.method.begin_epoch(0, run.pool)
-    batch = one_batch(run, resolved)
-    with NoWaiting():
-        losses = run.method.losses(batch, Now(0, STEPS, 0, stage, None))
-        torch.stack([term.float() for term in losses.terms.values()]).sum().backward()
-        run.monitor.observe(losses.pseudo)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bf16_reaches_every_parameter_that_fp32_reaches(method):
-    reached = {}
-    for precision in ("fp32", "bf16"):
-        run, resolved = prepared(method)
-        run.method.train().begin_stage(1, run.pool)
-        run.method.begin_epoch(0, run.pool)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-            losses = run.method.losses(one_batch(run, resolved), Now(0, STEPS, 0, 1, None))
-        torch.stack([term.float() for term in losses.terms.values()]).sum().backward()
-        parameters = run.method.network.named_parameters()
-        reached[precision] = {name for name, value in parameters if value.grad is not None and value.grad.any()}
-    weights = {name for name, value in run.method.network.named_parameters() if value.ndim == 4}
-    assert weights <= reached["bf16"] == reached["fp32"]
-
-
 def test_measuring_leaves_modes_weights_and_generators_alone():
     run, _ = prepared("robust_trust_region")
     run.method.train().begin_stage(1, run.pool)
@@ -411,23 +355,6 @@ def test_measuring_leaves_modes_weights_and_generators_alone():
 
 
 # The recipe and its network
-
-
-def test_the_published_recipe():
-    published = ScribbleRecipe(method=settings_for("robust_trust_region", 1.0))
-    expected = {
-        "network": "mobilenetv2_100", "output_stride": 16, "crop": 513, "batch": 12, "start_steps": 60 * 882,
-        "steps": 60 * 882, "epoch_steps": math.ceil(10_582 / 12), "lr": 7e-3, "momentum": 0.9, "nesterov": False,
-        "weight_decay": 5e-4, "schedule": "poly-0.9", "head_factor": 10.0, "ema": 0.0, "blur": True, "width": 3,
-        "scale_low": 0.5, "scale_high": 2.0, "workers": 0, "images": 0, "tests": 0,
-    }  # fmt: skip
-    assert {name: getattr(published, name) for name in expected} == expected
-    network, weights = task.build(dataclasses.replace(published, weights="scratch"), 21)
-    assert weights == {"source": "scratch"} and network.backbone.output_stride == 16
-    assert [network.fuse[1].p, network.fuse[3].p] == [0.5, 0.1] and network.classifier.out_channels == 21
-    assert [branch[0].dilation[0] for branch in network.aspp.branches] == [1, 6, 12, 18]
-    with pytest.raises(SettingError, match="output_stride is 32"):
-        ScribbleRecipe(output_stride=32)
 
 
 def test_the_small_network_has_half_the_strides_and_no_dropout():

@@ -12,17 +12,15 @@ import pytest
 import torch
 
 from repro import cam
-from repro.data import masks_sources
+from repro.data import folders as masks_sources
 from repro.data.catalogue import DataError
+from repro.data.folders import MaskFolder, open_masks, open_tags
 from repro.data.masks import choose, tags_of
-from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.scenes import scenes
-from repro.files import History
 from repro.measure.segmentation import confusion, iou, mean_iou
 from repro.methods.image_tags import METHODS
-from repro.methods.image_tags.regions import refined_regions, shown_classes
+from repro.methods.image_tags.pcre import refined_regions, shown_classes
 from repro.models.pretrained import WeightsError
-from repro.models.vit import DILATIONS
 from repro.recipe import TagRecipe
 from repro.runs import load_moments
 from repro.settings import SettingError
@@ -31,8 +29,6 @@ from repro.tasks.tags import cam_report, prepare, spread, thresholds
 from repro.train import Interrupted, Items, Now, seed_everything, train
 from tests.data import mask_fixtures
 from tests.data.mask_fixtures import mask_of, name_of, size_of, small_voc, tag_coco, tag_voc, tags_of_number
-from tests.methods.image_tags.fakes import gradients
-from tests.tasks.test_labels import NoWaiting
 
 SIDE, IMAGES, TESTS, STEPS = 48, 24, 8, 6
 SETTINGS = {
@@ -286,7 +282,9 @@ def test_regions_are_read_behind_the_gate_of_the_last_step(runs):
 def test_without_a_gate_the_radius_is_the_side_of_the_grid(options, radius, monkeypatch):
     monkeypatch.setitem(SETTINGS, "pcre", SETTINGS["pcre"] | options)
     run, _ = prepared("pcre")
-    run.method.losses(one_batch(run), Now(5, STEPS, 0, 0, None))
+    index = run.pool.labelled[:4]
+    batch = {"tagged": Items(index, run.pool.images[index], run.pool.labels[index])}
+    run.method.losses(batch, Now(5, STEPS, 0, 0, None))
     found = run.moments(run.method.network)
     assert found["radius"].item() == radius and found["regions"].shape == (8, 5, 12, 12)
 
@@ -343,7 +341,7 @@ SMALL = {"toco": {"side": 8, "hidden": 32, "crops": 3}}
 @pytest.fixture
 def voc(monkeypatch, tmp_path):
     """Seven training images and three of val, without the package that CRFs of large images need."""
-    monkeypatch.setattr("repro.tasks.crf_scores.has_lattice", lambda: False)
+    monkeypatch.setattr("repro.tasks.tags.has_lattice", lambda: False)
     small_voc(monkeypatch, tmp_path, train=4, extra=3, val=3)
     tag_voc(tmp_path / "VOCdevkit" / "VOC2012")
     return tmp_path
@@ -441,7 +439,7 @@ def test_a_stopped_run_on_files_ends_as_if_undisturbed(voc, tmp_path):
 
 
 def test_coco_needs_masks_of_val_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr("repro.tasks.crf_scores.has_lattice", lambda: False)
+    monkeypatch.setattr("repro.tasks.tags.has_lattice", lambda: False)
     tag_coco(monkeypatch, tmp_path)
     read = []
     real = MaskFolder.mask
@@ -505,61 +503,7 @@ def same(a, b):
         assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("method", ["pcre", "toco", "afa"])
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
-def test_a_stopped_run_ends_as_if_undisturbed(runs, tmp_path, method, stop_at):
-    """Before prototypes move, when they do, and when masks are mixed in; ToCo's teacher head comes back as well."""
-
-    def stop(done, total, row):
-        if done == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Interrupted):
-        trained(method, tmp_path, on_step=stop)
-    assert History(tmp_path).rows[-1]["step"] <= stop_at + 1
-    same(trained(method, tmp_path), runs[method])
-
-
-def test_another_seed_is_another_run(runs, tmp_path):
-    other = trained("plain", tmp_path, seed=1)
-    weight = "encoder.blocks.0.mlp.fc1.weight"
-    assert not torch.equal(other.network.state_dict()[weight], runs["plain"].network.state_dict()[weight])
-
-
 # Steps on the device
-
-
-def one_batch(run, count=4):
-    index = torch.arange(count)
-    return {"tagged": Items(index, run.pool.images[index], run.pool.labels[index])}
-
-
-@pytest.mark.parametrize("step", [0, 2, 4])
-@pytest.mark.parametrize("method", METHODS)
-def test_no_step_waits_on_the_host(method, step):
-    run, _ = prepared(method)
-    run.method.train()
-    batch = one_batch(run)
-    run.method.losses(batch, Now(step, STEPS, 0, 0, None))  # tables of neighbours are made once, on the host
-    with NoWaiting():
-        terms = run.method.losses(batch, Now(step, STEPS, 0, 0, None)).terms
-        torch.stack([term.float() for term in terms.values()]).sum().backward()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bf16_reaches_every_parameter_that_fp32_reaches(method):
-    reached = {}
-    for precision in ("fp32", "bf16"):
-        run, _ = prepared(method)
-        run.method.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-            terms = run.method.losses(one_batch(run), Now(4, STEPS, 0, 0, None)).terms
-        assert all(term.isfinite() for term in terms.values())
-        reached[precision] = gradients(torch.stack([term.float() for term in terms.values()]).sum(), run.method)
-    assert reached["bf16"] == reached["fp32"]
-    learnable = {name for name, value in run.method.named_parameters() if value.requires_grad}
-    weights = {name for name in learnable if name.endswith("weight")}
-    assert weights <= reached["fp32"]
 
 
 # The network
@@ -581,15 +525,6 @@ def test_the_network_is_the_method_s():
     assert task.build("plain", recipe_of("plain", value_only=True), 5)[0].encoder.value_only
     first, second = task.build("dupl", recipe_of("dupl"), 5)[0].children()
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
-
-
-def test_published_sizes():
-    network, _ = task.build("pcre", recipe_of("pcre", network="vit_base_patch16_224", crop=64), 20)
-    layer = network.decoder.layers.layers[0]
-    assert layer.self_attn.num_heads == 8 and layer.linear1.out_features == 2048
-    assert [branch.dilation[0] for branch in network.head.branches] == list(DILATIONS)
-    assert network.decoder.pixels[2].num_groups == 32 and network.prototypes.shape == (20, 768)
-    assert network.decoder.patch_embed.proj.kernel_size == (16, 16)
 
 
 def test_the_recipe_s_number_of_classes_bounds_the_label_maps():

@@ -12,9 +12,8 @@ from figures.explore import panel, tags
 from figures.explore.tags import Maps, measure
 from repro import cam
 from repro.files import save_state
-from repro.methods.image_tags import losses
-from repro.methods.image_tags.pcre import PCRESettings
-from repro.methods.image_tags.regions import refined_regions, shown_classes
+from repro.methods.image_tags import pcre
+from repro.methods.image_tags.pcre import PCRESettings, refined_regions, shown_classes
 from repro.recipe import TagRecipe
 from repro.runs import folder_of, load_outputs
 from tests.fake_outputs import texts
@@ -121,7 +120,7 @@ def test_the_region_and_the_fused_map_are_the_methods_own(maps, settings):
         seen, place = maps.compute(**start | {"pair": (0, channel)}), pairs.classes[0].tolist().index(channel)
         torch.testing.assert_close(seen.grown.region, found.masks[0, place])
         assert torch.equal(seen.grown.seeds, found.growth.seeds[0, place])
-        fused = losses.fused(seen.cam[None], normal, 0.45)
+        fused = pcre.fused(seen.cam[None], normal, 0.45)
         torch.testing.assert_close(seen.grown.fused, fused[0])
         assert torch.equal(seen.grown.region_label, cam.cam_labels(normal, maps.tags[one], start["beta"])[0])
         assert torch.equal(seen.grown.label, cam.cam_labels(fused, maps.tags[one], start["beta"])[0])
