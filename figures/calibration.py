@@ -10,19 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from figures import style
+from figures import common, style
 from figures.claims import statistic
-from figures.common import (  # fmt: skip
-    Drawn,
-    base_of,
-    image_panel,
-    outside_legend,
-    over_training,
-    percent,
-    reporting,
-    table_bars,
-    table_looks,
-)
+from figures.common import Drawn
 from figures.labels import image_reliability, label_figures
 from figures.style import Drawing, label_of, message, say, setting, start, style_of, themed, where
 from figures.tables import NOT_RUN, summarise
@@ -98,7 +88,7 @@ def before_and_after(
             image_reliability(axes, below, *found.top(temperature), bins, resamples)
         upper[0].set_ylabel("accuracy (%)")
         lower[0].set_ylabel("images (%)")
-    outside_legend(figure, next((axes for axes in grid.flat if axes.containers), grid[0, 0]))
+    common.outside_legend(figure, next((axes for axes in grid.flat if axes.containers), grid[0, 0]))
     return figure
 
 
@@ -120,7 +110,8 @@ def ece_bars(
     weights: str = "ema", metrics: Sequence[str] = ("ece_15", "ece_10_left"),
 ) -> Figure:  # fmt: skip
     """ECE of each row of a table by label count, as `common.table_bars`."""
-    return table_bars("Calibration error by method and label count", table, scale, seeds, root, rule, weights, metrics)
+    title = "Calibration error by method and label count"
+    return common.table_bars(title, table, scale, seeds, root, rule, weights, metrics)
 
 
 @themed
@@ -134,7 +125,7 @@ def accuracy_against_ece(
     the accuracy, and is known at the last evaluation of the EMA weights. column: by default the table's first.
     """
     column = column or table.columns_at(scale)[0]
-    seeded = f"{column.title}, {scale} scale, seeds {', '.join(map(str, seeds))}, {reporting(rule, weights)}"
+    seeded = f"{column.title}, {scale} scale, seeds {', '.join(map(str, seeds))}, {common.reporting(rule, weights)}"
     cells = [[item for item in table.cell(row, column, scale, seeds) if is_finished(item, root)] for row in table.rows]
     title, caption = "Accuracy against calibration", f"{seeded}; lines: standard deviation"
     if not any(cells):
@@ -143,7 +134,7 @@ def accuracy_against_ece(
     panels = {"ece_15": "as trained", "scaled_ece_15": "after temperature scaling"}
     for axes, (name, when) in zip(grid[0], panels.items(), strict=True):
         bases = {}
-        for row, cell, look in zip(table.rows, cells, table_looks(table).values(), strict=True):
+        for row, cell, look in zip(table.rows, cells, common.table_looks(table).values(), strict=True):
             ece, accuracy = (summarise(statistic(item, metric, root, rule, weights) for item in cell)
                              for metric in (name, "accuracy"))  # fmt: skip
             if not ece.n:
@@ -155,14 +146,14 @@ def accuracy_against_ece(
             at = ece.mean, accuracy.mean
             if row.method != "calibratemix":
                 bases[row.method] = at
-            elif base_of(row) in bases:
+            elif common.base_of(row) in bases:
                 arrow = {"arrowstyle": "->", "color": "0.5", "linestyle": "--", "shrinkA": 5, "shrinkB": 5}
-                axes.annotate("", at, bases[base_of(row)], arrowprops=arrow)
+                axes.annotate("", at, bases[common.base_of(row)], arrowprops=arrow)
         axes.set(xlabel="ECE (%), 15 bins (lo, hi]", title=when)
-        percent(axes.xaxis)
-        percent(axes.yaxis)
+        common.percent(axes.xaxis)
+        common.percent(axes.yaxis)
     grid[0, 0].set_ylabel("test accuracy (%)")
-    outside_legend(figure, grid[0, 0], columns=3)
+    common.outside_legend(figure, grid[0, 0], columns=3)
     return figure
 
 
@@ -174,7 +165,7 @@ def calibration_curves(experiments: Sequence[Experiment], root: Path | None = No
     panels = {f"test {METRICS[name].title}": name for name in ("accuracy", "ece_15", "nll")}
     methods = [resolve(item).method for item in experiments]
     warm = {one.warmup: "warm-up ends" for one in methods if isinstance(one, CalibrateMixSettings) and one.warmup}
-    return over_training("Calibration over training", experiments, root, panels, weights, marks=warm)
+    return common.over_training("Calibration over training", experiments, root, panels, weights, marks=warm)
 
 
 # Margins
@@ -255,7 +246,7 @@ def margin_histograms(
             image = pool.images[margins.index[at]].permute(1, 2, 0).squeeze(2)
             wrong = "" if right else f"is {pool.classes[truth]}"
             below = f"{pool.classes[label]}\n{float(margins.score[at]):+.2f}\n{wrong}"
-            image_panel(axes, image, below=below, cmap="gray", vmin=0, vmax=255)
+            common.image_panel(axes, image, below=below, cmap="gray", vmin=0, vmax=255)
             for spine in axes.spines.values():
                 spine.set(color=RIGHT if right else WRONG, linewidth=2.5)
         for axes in cells[len(order) :]:
@@ -292,7 +283,7 @@ def calibratemix_figures(scale: str, seeds: Sequence[int], root: Path | None = N
     column = place(experiments[0])
     alone = {row.method: row for row in table.rows if row.method != "calibratemix"}
     mixed = [row for row in table.rows if set(row.overrides) == {"base"}]
-    pairs = [tuple(table.cell(row, column, scale, (seeds[0],))[0] for row in (alone[base_of(one)], one))
+    pairs = [tuple(table.cell(row, column, scale, (seeds[0],))[0] for row in (alone[common.base_of(one)], one))
              for one in mixed]  # fmt: skip
     pairs = [pair for pair in pairs if all(is_finished(item, root) for item in pair)]
     drawn: Drawn = []

@@ -90,7 +90,7 @@ def bars(
             if (one.mean or 0) > most:
                 text |= {"ha": "right", "va": "center", "color": "white", "fontweight": "bold"}
                 axes.annotate(f"{one.mean:.1f}", (x, most)[point], (-3, 0), **text)
-            elif one.n:
+            elif one.n > 1:
                 error = {"xerr" if horizontal else "yerr": one.sd or 0}
                 axes.errorbar(*(x, one.mean)[point], **error, color=INK, capsize=1.5, linewidth=0.9)
                 axes.plot(*([x] * len(group), group)[point], ".", color=INK, markersize=3, alpha=0.6)
@@ -278,7 +278,7 @@ def over_training(
         title += f" ({reporting('last', weights).split(', ')[1]})"
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
-    size = (4.4 if columns < 3 else 3.5) * columns, 2.5 * rows + 1.2 + 0.2 * len(captions)
+    size = (4.4 if columns < 3 else 3.5) * columns, 2.7 * rows + 1.2 + 0.2 * len(captions)
     figure, grid = start(title, [place or banded(experiments), *captions], size, rows, columns, sharex=True)
     for (label, value), axes in zip(panels.items(), grid.flat, strict=False):
         for group, looks, _ in variants(experiments):
@@ -491,7 +491,8 @@ def image_grid(
     """
     high, wide = np.shape(rows[0][0][0] if isinstance(rows[0][0], tuple) else rows[0][0])[:2]
     width, lines = min(10, 1.9 * len(heads)), max(head.count("\n") for head in heads)
-    size = width, (width / len(heads) * high / wide + 0.2) * len(rows) + 1 + 0.2 * (lines + len(captions)) + room
+    gap = 0.25 if any(isinstance(cell, tuple) for cell in rows[0]) else 0.04
+    size = width, (width / len(heads) * high / wide + gap) * len(rows) + 1 + 0.2 * (lines + len(captions)) + room
     figure = Drawing(figsize=size, layout="constrained")
     figure.suptitle("\n".join([title, *filter(None, captions)]))
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0)

@@ -10,21 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from figures import style
+from figures import common, style
 from figures.claims import INSTABILITY_BINS, instability_correlation
-from figures.common import (  # fmt: skip
-    LINES,
-    Drawn,
-    loss_curves,
-    mark,
-    outside_legend,
-    over_training,
-    percent,
-    reliability_panel,
-    rows_of,
-    table_figures,
-    unavailable,
-)
+from figures.common import Drawn
 from figures.style import label_of, message, say, setting, start, style_of, themed, where
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
@@ -37,7 +25,7 @@ from repro.runs import folder_of, is_finished, load_outputs
 def accuracy_curves(experiments: Sequence[Experiment], root: Path | None = None, weights: str = "ema") -> Figure:
     """Test accuracy and ECE over the steps (ComMatch, Fig. 2b, 3)."""
     panels = {"test accuracy (%)": "accuracy", "test ECE (%), 15 bins": "ece_15"}
-    return over_training("Accuracy and calibration over training", experiments, root, panels, weights)
+    return common.over_training("Accuracy and calibration over training", experiments, root, panels, weights)
 
 
 def pseudo_label_quality(experiments: Sequence[Experiment], root: Path | None = None) -> Figure:
@@ -46,16 +34,16 @@ def pseudo_label_quality(experiments: Sequence[Experiment], root: Path | None = 
     Measured against hidden labels, which no method sees; gaps in a line: nothing was selected.
     """
     title = "Pseudo-labels over training, against hidden labels"
-    rows = [row for item in experiments for row in rows_of(item, root, "train")]
+    rows = [row for item in experiments for row in common.rows_of(item, root, "train")]
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["pseudo"]))
     if not kinds:
-        return message(title, "no pseudo-labels were selected") if rows else unavailable(title, experiments, root)
+        return common.unavailable(title, experiments, root)
     panels = {
         f"{kind} {'ECE, 15 bins' if name == 'ece' else name} (%)": functools.partial(_quality, kind=kind, name=name)
         for kind in kinds
         for name in ("coverage", "accuracy", "ece")
     }
-    return over_training(title, experiments, root, panels, columns=3)
+    return common.over_training(title, experiments, root, panels, columns=3)
 
 
 def _quality(row: dict, kind: str, name: str) -> float | None:
@@ -76,7 +64,7 @@ def threshold_schedules(experiment: Experiment) -> Figure:
         axes.step(epochs, values, where="post", color=colour)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if end < len(epochs):
-            mark(axes, end, "this run ends")
+            common.mark(axes, end, "this run ends")
     grid[0, 0].set(xlabel="epoch", ylabel="$t_p$: least probability\nof a positive")
     grid[0, 1].set(xlabel="epoch", ylabel="$t_n$: largest probability\nof a negative", yscale="log")
     return figure
@@ -102,7 +90,7 @@ def reliability_diagrams(
         image_reliability(axes, below, *calibration.top_label(probs, outputs["test_labels"]), bins, resamples)
     grid[0, 0].set_ylabel("accuracy (%)")
     grid[1, 0].set_ylabel("images (%)")
-    outside_legend(figure, next((axes for axes in grid[0] if axes.containers), grid[0, 0]))
+    common.outside_legend(figure, next((axes for axes in grid[0] if axes.containers), grid[0, 0]))
     return figure
 
 
@@ -111,7 +99,7 @@ def image_reliability(axes: Axes, below: Axes, confidence: Tensor, correct: Tens
     found = calibration.reliability(confidence, correct, bins)
     ece = functools.partial(calibration.ece, bins=bins)
     low, high = calibration.bootstrap_interval(ece, confidence, correct, resamples)
-    reliability_panel(axes, found.accuracy, found.confidence, found.count, below)
+    common.reliability_panel(axes, found.accuracy, found.confidence, found.count, below)
     error = 100 * (1 - float(correct.double().mean()))
     numbers = f"ECE {100 * float(found.ece):.1f} % [{100 * low:.1f}, {100 * high:.1f}], error {error:.1f} %"
     axes.set_title(f"{axes.get_title()}\n{numbers}\n{len(correct):,} images", fontsize=9.5)
@@ -132,11 +120,10 @@ def ece_against_instability(
         if "pool_passes" in outputs:
             found[item] = top_of_passes(outputs["pool_passes"], outputs["pool_truth"])
     if not found:
-        done = any(is_finished(item, root) for item in experiments)
-        return message(title, "these runs have no dropout passes") if done else unavailable(title, experiments, root)
+        return common.unavailable(title, experiments, root)
     figure, ((top,), (bottom,)) = start(title, [where(found)], (8, 4.4), 2, 1, sharex=True, height_ratios=(2.4, 1))
     for number, (item, (spread, confidence, correct)) in enumerate(found.items()):
-        look, line, rows = style_of(item.method), LINES[number % 4], []
+        look, line, rows = style_of(item.method), common.LINES[number % 4], []
         for group in filter(len, spread.argsort(stable=True).tensor_split(INSTABILITY_BINS)):
             pair = confidence[group], correct[group]
             low, high = calibration.bootstrap_interval(calibration.ece, *pair, resamples)
@@ -150,9 +137,9 @@ def ece_against_instability(
                      marker=look.marker, label=label)  # fmt: skip
         bottom.hist(spread, bins=40, color=look.colour, histtype="step", linestyle=line, linewidth=1.4)
     top.set(ylabel="ECE, 15 bins (%)\n95 % bootstrap", ylim=(0, None))
-    percent(top.yaxis)
+    common.percent(top.yaxis)
     bottom.set(xlabel="instability: standard deviation over dropout passes at the argmax", ylabel="images")
-    outside_legend(figure, top, columns=1)
+    common.outside_legend(figure, top, columns=1)
     return figure
 
 
@@ -178,7 +165,7 @@ def label_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | Non
             ("pseudo_labels", "Pseudo-labels over training", pseudo_label_quality(experiments, root)),
             ("reliability", "Reliability", reliability_diagrams(first, root)),
         ]
-    return drawn + table_figures(paper, scale, seeds, root)
+    return drawn + common.table_figures(paper, scale, seeds, root)
 
 
 def commatch_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
@@ -188,7 +175,7 @@ def commatch_figures(scale: str, seeds: Sequence[int], root: Path | None = None)
     drawn = [("thresholds", "Moving thresholds", threshold_schedules(whole[0]))]
     if done:
         drawn += [
-            ("loss", "Loss terms over training (Fig. 2a)", loss_curves(done[0], root)),
+            ("loss", "Loss terms over training (Fig. 2a)", common.loss_curves(done[0], root)),
             ("instability", "ECE against instability (Fig. 5)", ece_against_instability(done, root)),
         ]
     return drawn + label_figures("commatch", scale, seeds, root)

@@ -8,32 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from figures import style
-from figures.common import (  # fmt: skip
-    Drawn,
-    absent,
-    check_alike,
-    class_bars,
-    class_colours,
-    classes_of,
-    curve,
-    filled,
-    heads_of,
-    image_grid,
-    loss_curves,
-    mean_of,
-    outside_legend,
-    over_training,
-    percent,
-    picture,
-    reliability_panel,
-    reported,
-    reporting,
-    rows_of,
-    table_bars,
-    table_figures,
-    unavailable,
-)
+from figures import common, style
+from figures.common import Drawn
 from figures.plane import confidence_plane, weight_maps
 from figures.style import by_seed, label_of, say, start, themed, where
 from figures.tables import NOT_RUN, summarise
@@ -58,25 +34,25 @@ def qualitative_masks(experiments: Sequence[Experiment], root: Path | None = Non
     """
     done = {item: load_outputs(folder_of(item, root)) for item in experiments if is_finished(item, root)}
     if not done:
-        return unavailable("Predicted masks", experiments, root)
-    check_alike(done.values(), "test_images", "been tested on different images")
-    first, names = next(iter(done.values())), classes_of(experiments[0].data)
+        return common.unavailable("Predicted masks", experiments, root)
+    common.check_alike(done.values(), "test_images", "been tested on different images")
+    first, names = next(iter(done.values())), common.classes_of(experiments[0].data)
     maps = [first["test_truth"], *(kept["test_prediction"] for kept in done.values())]
-    maps, colours = [labels[:images] for labels in maps], class_colours(len(names))
-    rows = [[picture(first["test_images"][index]), *(colours[labels[index]] for labels in maps)]
+    maps, colours = [labels[:images] for labels in maps], common.class_colours(len(names))
+    rows = [[common.picture(first["test_images"][index]), *(colours[labels[index]] for labels in maps)]
             for index in range(len(maps[0]))]  # fmt: skip
     title = f"Masks of {len(rows)} test images; above: mIoU over the whole test set"
-    heads = ["image", "truth", *heads_of(done, root, "miou")]
-    return image_grid(title, [where(done), absent(experiments, done)], heads, rows, names, maps)[0]
+    heads = ["image", "truth", *common.heads_of(done, root, "miou")]
+    return common.image_grid(title, [where(done), common.absent(experiments, done)], heads, rows, names, maps)[0]
 
 
 def per_class_iou(
     experiments: Sequence[Experiment], root: Path | None = None, rule: str = "last", weights: str = "ema"
 ) -> Figure:
     """IoU of each class on the test images by method, and their mean."""
-    names = [*classes_of(experiments[0].data), "mean"]
+    names = [*common.classes_of(experiments[0].data), "mean"]
     panels = {"IoU (%)": lambda run: [*run["iou"], run["miou"]]}
-    return class_bars("IoU by class", names, panels, experiments, root, rule, weights)
+    return common.class_bars("IoU by class", names, panels, experiments, root, rule, weights)
 
 
 @themed
@@ -87,13 +63,14 @@ def pixel_reliability(
 
     No intervals: the pixels of an image are not independent, so resampling them would promise too much.
     """
-    groups, title = by_seed(experiments), f"Reliability of test pixels, {reporting(rule, weights)}, bins (lo, hi]"
+    groups, how = by_seed(experiments), common.reporting(rule, weights)
+    title = f"Reliability of test pixels, {how}, bins (lo, hi]"
     captions = [where(experiments), "dots: seeds; no bootstrap, since pixels are not independent"]
     size = (max(min(2.55 * len(groups) + 0.8, 10.4), 6), 4.9)
     figure, grid = start(title, captions, size, 2, len(groups), sharex=True, sharey="row", height_ratios=(3.2, 1))
     for (axes, below), group in zip(grid.T, groups, strict=True):
         axes.set_title(label_of(group[0]), fontsize=9.5)
-        runs = [reported(item, root, rule, weights) for item in group if is_finished(item, root)]
+        runs = [common.reported(item, root, rule, weights) for item in group if is_finished(item, root)]
         if not runs:
             say(axes, NOT_RUN)
             below.set_axis_off()
@@ -102,14 +79,14 @@ def pixel_reliability(
                                        for name in ("count", "confidence", "accuracy"))  # fmt: skip
         total = count.sum(axis=0)
         right, sure = (np.nansum(count * part, axis=0) / np.maximum(total, 1) for part in (accuracy, confidence))
-        reliability_panel(axes, right, sure, total, below, accuracy)
+        common.reliability_panel(axes, right, sure, total, below, accuracy)
         ece = summarise(run["ece_15"] for run in runs)
         spread = "" if ece.sd is None else f" ± {100 * ece.sd:.1f}"
         numbers = f"ECE {100 * ece.mean:.1f}{spread} %, {len(total)} bins\n{total.sum():,.0f} pixels, n = {len(runs)}"
         axes.set_title(f"{label_of(group[0])}\n{numbers}", fontsize=9.5)
     grid[0, 0].set_ylabel("accuracy (%)")
     grid[1, 0].set_ylabel("pixels (%)")
-    outside_legend(figure, next((axes for axes in grid[0] if axes.containers), grid[0, 0]))
+    common.outside_legend(figure, next((axes for axes in grid[0] if axes.containers), grid[0, 0]))
     return figure
 
 
@@ -119,7 +96,7 @@ def miou_by_budget(
 ) -> Figure:  # fmt: skip
     """mIoU and pixel ECE of each row of a table by number of masks, as `common.table_bars`."""
     title = "mIoU and pixel calibration by number of masks"
-    return table_bars(title, table, scale, seeds, root, rule, weights, metrics)
+    return common.table_bars(title, table, scale, seeds, root, rule, weights, metrics)
 
 
 # Over training
@@ -130,7 +107,7 @@ def training_curves(
 ) -> Figure:
     """Metrics of test images over the steps. metrics: names in METRICS."""
     panels = {f"{'pixel ' * (name == 'ece_15')}{METRICS[name].title}": name for name in metrics}
-    return over_training("Test images over training", experiments, root, panels, weights)
+    return common.over_training("Test images over training", experiments, root, panels, weights)
 
 
 def _pixels(row: dict) -> dict:
@@ -144,8 +121,8 @@ def selection_over_training(experiments: Sequence[Experiment], root: Path | None
     Measured against hidden masks; gaps in a line: nothing had weight.
     """
     title = "Pseudo-labels of pixels over training, against hidden masks"
-    if not any(_pixels(row) for item in experiments for row in rows_of(item, root, "train")):
-        return unavailable(title, experiments, root)
+    if not any(_pixels(row) for item in experiments for row in common.rows_of(item, root, "train")):
+        return common.unavailable(title, experiments, root)
 
     def wrong(row: dict) -> float | None:
         found = _pixels(row)
@@ -156,7 +133,7 @@ def selection_over_training(experiments: Sequence[Experiment], root: Path | None
         "weighted accuracy (%)": lambda row: _pixels(row).get("accuracy"),
         "wrong and kept (%) of all pixels": wrong,
     }
-    return over_training(title, experiments, root, panels)
+    return common.over_training(title, experiments, root, panels)
 
 
 @themed
@@ -168,22 +145,23 @@ def selection_by_confidence(experiments: Sequence[Experiment], root: Path | None
     title = "Which pixels are learned from, by confidence, against hidden masks"
     groups = [(group, found) for group in by_seed(experiments) if (found := _ranges(group, root))]
     if not groups:
-        return unavailable(title, experiments, root)
+        return common.unavailable(title, experiments, root)
     kept = [item for group, _ in groups for item in group]
     done = [item for item in experiments if is_finished(item, root)]
     captions = [where(kept), f"means over seeds; hatched: mean weight below {100 * LEAST:g} %",
-                absent(done, kept, "without pseudo-labels"), absent(experiments, [*done, *kept])]  # fmt: skip
+                common.absent(done, kept, "without pseudo-labels"),
+                common.absent(experiments, [*done, *kept])]  # fmt: skip
     size = (max(3.1 * len(groups) + 0.9, 8), 7.4)
     figure, grid = start(title, captions, size, 3, len(groups), sharex=True, height_ratios=(1.25, 1, 1))
     for (end, *maps), (group, found) in zip(grid.T, groups, strict=True):
         end.set_title(f"{label_of(group[0])} (n = {found['n']})")
         at = np.arange(len(found["edges"]) - 1) + 0.5
         end.bar(at, found["share"][-1], width=1, color="0.88", edgecolor="white", label="share of all pixels")
-        curve(end, at, found["coverage"][-1], "mean weight", style.GREEN, "s")
-        curve(end, at, found["all_accuracy"][-1], "accuracy of all", "0.35", ".", linestyle="--")
-        curve(end, at, found["accuracy"][-1], "weighted accuracy", style.BLUE, "o")
+        common.curve(end, at, found["coverage"][-1], "mean weight", style.GREEN, "s")
+        common.curve(end, at, found["all_accuracy"][-1], "accuracy of all", "0.35", ".", linestyle="--")
+        common.curve(end, at, found["accuracy"][-1], "weighted accuracy", style.BLUE, "o")
         end.set(ylim=(-0.03, 1.03))
-        percent(end.yaxis)
+        common.percent(end.yaxis)
         end.grid(axis="x", visible=False)
         for axes, (name, words) in zip(maps, {"coverage": "mean weight", "accuracy": "weighted accuracy"}.items(),
                                        strict=True):  # fmt: skip
@@ -192,18 +170,18 @@ def selection_by_confidence(experiments: Sequence[Experiment], root: Path | None
             drawn = axes.pcolormesh(*found["mesh"], found[name], cmap="viridis", vmin=0, vmax=1)
             axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             if axes in grid[:, -1]:
-                percent(figure.colorbar(drawn, ax=axes, label=f"{words} (%)").ax.yaxis)
+                common.percent(figure.colorbar(drawn, ax=axes, label=f"{words} (%)").ax.yaxis)
         axes.set_xticks(range(len(found["edges"])), [f"{100 * edge:g}" for edge in found["edges"]], fontsize=8)
         axes.set_xlabel("confidence (%), ranges (lo, hi]")
     for axes, name in zip(grid[:, 0], ("end of training (%)", "training step", "training step"), strict=True):
         axes.set_ylabel(name)
-    outside_legend(figure, grid[0, 0])
+    common.outside_legend(figure, grid[0, 0])
     return figure
 
 
 def _ranges(group: Sequence[Experiment], root: Path | None) -> dict | None:
     """Means over seeds by step and range (steps, E), at the steps that all runs have; None without pseudo-labels."""
-    runs = [{row["step"]: _pixels(row)["ranges"] for row in rows_of(item, root, "train") if _pixels(row)}
+    runs = [{row["step"]: _pixels(row)["ranges"] for row in common.rows_of(item, root, "train") if _pixels(row)}
             for item in group]  # fmt: skip
     runs = [run for run in runs if run]
     steps = sorted(set.intersection(*map(set, runs))) if runs else []
@@ -211,7 +189,7 @@ def _ranges(group: Sequence[Experiment], root: Path | None) -> dict | None:
         return None
     found: dict[str, Any] = {"n": len(runs), "edges": runs[0][steps[0]]["edges"]}
     for name in ("share", "coverage", "accuracy", "all_accuracy"):
-        found[name] = mean_of(np.array([[run[step][name] for step in steps] for run in runs], dtype=float))
+        found[name] = common.mean_of(np.array([[run[step][name] for step in steps] for run in runs], dtype=float))
     found["accuracy"][~(found["coverage"] >= LEAST)] = np.nan  # of a pixel or two on the threshold
     found["mesh"] = np.arange(len(found["edges"])), np.array([0, *steps])
     return found
@@ -232,7 +210,7 @@ def csl_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> D
             ("plane", "The confidence plane of one image (Fig. 1)", confidence_plane(item, root)),
             ("plane_all", "The confidence plane of all kept images", confidence_plane(item, root, "all")),
             ("weights", "Pseudo-labels and their weights", weight_maps(item, root)),
-            ("loss", "Loss terms over training", loss_curves(item, root)),
+            ("loss", "Loss terms over training", common.loss_curves(item, root)),
         ]
     if finished:
         first = [item for item in experiments if item.seed == finished[0].seed]
@@ -244,6 +222,6 @@ def csl_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> D
             ("reliability", "Reliability of test pixels", pixel_reliability(experiments, root)),
             ("classes", "IoU by class", per_class_iou(experiments, root)),
         ]
-    if sum(filled(table, column, scale, seeds, root) > 0 for column in table.columns_at(scale)) > 1:
+    if sum(common.filled(table, column, scale, seeds, root) > 0 for column in table.columns_at(scale)) > 1:
         drawn += [("budgets", "mIoU by number of masks", miou_by_budget(table, scale, seeds, root))]
-    return drawn + table_figures("csl", scale, seeds, root)
+    return drawn + common.table_figures("csl", scale, seeds, root)

@@ -10,17 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from figures.common import (  # fmt: skip
-    absent,
-    check_alike,
-    class_colours,
-    classes_of,
-    heads_of,
-    image_grid,
-    overlay,
-    picture,
-    unavailable,
-)
+from figures import common
 from figures.style import label_of, message, themed, where
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
@@ -41,11 +31,11 @@ def length_panels(experiment: Experiment, root: Path | None = None, images: int 
     title = "Scribbles by length on training images"
     kept = load_outputs(folder_of(experiment, root)) if is_finished(experiment, root) else {}
     if "pool_reach" not in kept:
-        return unavailable(title, [experiment], root)
+        return common.unavailable(title, [experiment], root)
     if experiment.data not in EMBEDDED:
         return message(title, f"{where([experiment])}: other lengths of these scribbles are not known")
-    truth, lengths, names = kept["pool_truth"], sorted(PUBLISHED), classes_of(experiment.data)
-    colours, rows, count = class_colours(len(names)), [], min(images, len(truth))
+    truth, lengths, names = kept["pool_truth"], sorted(PUBLISHED), common.classes_of(experiment.data)
+    colours, rows, count = common.class_colours(len(names)), [], min(images, len(truth))
     for index in range(count):
         row = []
         for length in lengths:
@@ -57,7 +47,7 @@ def length_panels(experiment: Experiment, root: Path | None = None, images: int 
         rows.append([*row, colours[truth[index]]])
     heads = [*(f"{100 * length:g} %{' (click)' * (length == 0)}" for length in lengths), "hidden truth"]
     captions = [f"{where_of([experiment])}; below: share of marked pixels"]
-    return image_grid(f"{title}: {count} of {len(truth)} kept", captions, heads, rows, names, [truth[:count]])[0]
+    return common.image_grid(f"{title}: {count} of {len(truth)} kept", captions, heads, rows, names, [truth[:count]])[0]
 
 
 @themed
@@ -69,7 +59,7 @@ def proposal_panels(experiment: Experiment, root: Path | None = None, images: in
     title = f"Proposals of {label_of(experiment)} on training images"
     kept = load_outputs(folder_of(experiment, root)) if is_finished(experiment, root) else {}
     if "pool_proposal" not in kept:
-        return unavailable(title, [experiment], root)
+        return common.unavailable(title, [experiment], root)
     heads = ["last proposal", "prediction"]
     maps = [kept["pool_proposal"], kept["pool_prediction"]]
     captions = [where([experiment]), "below: share of right pixels"]
@@ -86,14 +76,14 @@ def method_panels(experiments: Sequence[Experiment], root: Path | None = None, i
     done = {item: load_outputs(folder_of(item, root)) for item in experiments if is_finished(item, root)}
     title = "Predictions on training images"
     if not done:
-        return unavailable(title, experiments, root)
+        return common.unavailable(title, experiments, root)
     weak = [item for item in done if item.method != CEILING]
-    check_alike(done.values(), "pool_images", "different training images")
-    check_alike((done[item] for item in weak), "pool_scribbles", "learned from different scribbles")
+    common.check_alike(done.values(), "pool_images", "different training images")
+    common.check_alike((done[item] for item in weak), "pool_scribbles", "learned from different scribbles")
     first = (weak or list(done))[0]
-    captions = [where_of(done), "above: mIoU over all test images", absent(experiments, done)]
+    captions = [where_of(done), "above: mIoU over all test images", common.absent(experiments, done)]
     maps = [kept["pool_prediction"] for kept in done.values()]
-    return _panels(title, captions, first, heads_of(done, root, "miou"), done[first], maps, images)
+    return _panels(title, captions, first, common.heads_of(done, root, "miou"), done[first], maps, images)
 
 
 def _panels(
@@ -101,8 +91,8 @@ def _panels(
     maps: Sequence[Tensor], images: int, stated: bool = False,
 ) -> Figure:  # fmt: skip
     """A row an image: picture, scribble, label maps (P, H, W) and truth. stated: the accuracy stands below a map."""
-    truth, names = kept["pool_truth"], classes_of(experiment.data)
-    count, colours, rows = min(images, len(truth)), class_colours(len(names)), []
+    truth, names = kept["pool_truth"], common.classes_of(experiment.data)
+    count, colours, rows = min(images, len(truth)), common.class_colours(len(names)), []
     for index in range(count):
         known, row = truth[index] != IGNORE, []
         for labels in maps:
@@ -110,11 +100,11 @@ def _panels(
             row.append((colours[labels[index]], f"{100 * right:.1f} %" * stated))
         image = kept["pool_images"][index]
         scribble = scribbled(image, kept["pool_scribbles"][index], colours)
-        rows.append([picture(image), scribble, *row, colours[truth[index]]])
+        rows.append([common.picture(image), scribble, *row, colours[truth[index]]])
     heads = ["image", f"scribble, {experiment.labels} %", *heads, "hidden truth"]
     sides = [f"image {int(index)}" for index in kept["pool_index"][:count]]
     shown = [labels[:count] for labels in (*maps, truth)]
-    return image_grid(f"{title}: {count} of {len(truth)} kept", captions, heads, rows, names, shown, sides)[0]
+    return common.image_grid(f"{title}: {count} of {len(truth)} kept", captions, heads, rows, names, shown, sides)[0]
 
 
 def scribbled(image: Tensor, scribbles: Tensor, colours):
@@ -122,7 +112,7 @@ def scribbled(image: Tensor, scribbles: Tensor, colours):
 
     image: (3, H, W) uint8. scribbles: (H, W) uint8, 255 where there is none. colours: (256, 3) in 0..1 by class.
     """
-    return overlay(image, scribbles != IGNORE, colours[scribbles], paleness=0.5)
+    return common.overlay(image, scribbles != IGNORE, colours[scribbles], paleness=0.5)
 
 
 def where_of(experiments: Iterable[Experiment]) -> str:

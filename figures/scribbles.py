@@ -14,24 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from figures import style
+from figures import common, style
 from figures.claims import statistic
-from figures.common import (  # fmt: skip
-    PUBLISHED_GROUND,
-    Drawn,
-    absent,
-    classes_of,
-    loss_curves,
-    outside_legend,
-    over_training,
-    percent,
-    points,
-    reporting,
-    rows_of,
-    table_figures,
-    unavailable,
-    variants,
-)
+from figures.common import Drawn
 from figures.scribble_panels import CEILING, length_panels, method_panels, proposal_panels, where_of
 from figures.style import label_of, start, style_of, themed, where
 from figures.tables import NOT_RUN, summarise
@@ -62,21 +47,21 @@ def by_length(
     out, and the panel where there is none. metric: a percentage of METRICS. Raises SettingError for an unknown metric,
     rule or kind of weights.
     """
-    how = reporting(rule, weights)
+    how = common.reporting(rule, weights)
     if metric not in (percentages := [name for name, one in METRICS.items() if one.percent]):
         raise unknown("percentage", metric, percentages)
     title = f"Test images by scribble length: {METRICS[metric].name}, {how}"
     experiments = list(dict.fromkeys(experiments))
     done = {item: statistic(item, metric, root, rule, weights) for item in experiments if is_finished(item, root)}
     if not done:
-        return unavailable(title, experiments, root)
+        return common.unavailable(title, experiments, root)
     numbers = {method: one for method, one in (published or {}).items() if one.value is not None}
     marks = "large: mean, bar: standard deviation, small: seeds; at each length, methods stand side by side"
     captions, ratios = [where(done), marks, _missing(experiments, done)], (3, 0.42 * len(numbers) + 0.3)
     figure, grid = start(title, captions, (10 if numbers else 8.5, 5.3), 1, 1 + bool(numbers),
                          width_ratios=ratios[: 1 + bool(numbers)])  # fmt: skip
     axes, lines = grid[0, 0], {}
-    for group, looks, _ in variants(item.with_(labels=0) for item in done if item.method != CEILING):
+    for group, looks, _ in common.variants(item.with_(labels=0) for item in done if item.method != CEILING):
         lines.setdefault(label_of(group[0]), looks)  # one line, whatever lengths ran
     planned = len({item.seed for item in experiments})
     for number, (name, looks) in enumerate(lines.items()):
@@ -85,17 +70,17 @@ def by_length(
         groups = [[done[item] for item in mine if item.labels == length] for length in lengths]
         n = sorted({summarise(group).n for group in groups})
         count = "" if n[0] == planned else f" (n = {n[0]})" if len(n) == 1 else f" (n = {n[0]} to {n[-1]})"
-        points(axes, np.array(lengths) + APART * (number - (len(lines) - 1) / 2), groups, name + count, **looks)
+        common.points(axes, np.array(lengths) + APART * (number - (len(lines) - 1) / 2), groups, name + count, **looks)
     _level(axes, {item: value for item, value in done.items() if item.method == CEILING})
     lengths = sorted({item.labels for item in done if item.method != CEILING} or {item.labels for item in done})
     axes.set_xticks(lengths, [f"{length}\n(click)" if length == 0 else str(length) for length in lengths])
     axes.set(xlabel="scribble length (%)", ylabel=METRICS[metric].title)
     axes.set_xlim(min(lengths) - 6, max(lengths) + 6)
     axes.grid(axis="x", visible=False)
-    percent(axes.yaxis)
+    common.percent(axes.yaxis)
     if numbers:
         _published_panel(grid[0, 1], numbers)
-    outside_legend(figure, axes, columns=3)
+    common.outside_legend(figure, axes, columns=3)
     return figure
 
 
@@ -131,7 +116,7 @@ def _level(axes: Axes, values: Mapping[Experiment, float]) -> None:
 
 def _published_panel(axes: Axes, numbers: Mapping[str, Published]) -> None:
     """Published numbers as points, each with its value; the title has their data set and network."""
-    axes.set_facecolor(PUBLISHED_GROUND)
+    axes.set_facecolor(common.PUBLISHED_GROUND)
     for at, (method, one) in enumerate(numbers.items()):
         look = style_of(method)
         axes.errorbar(at, one.value, one.std, color=look.colour, marker=look.marker, markersize=8, capsize=3)
@@ -187,7 +172,7 @@ def robust_loss_curves(classes: int = PUBLISHED_CLASSES, others: Sequence[float]
     zoomed.set(xlim=(0, 1), xticks=(), ylim=(math.log(classes) - 0.19, math.log(classes) + 0.05))
     zoomed.set_title("published ones, enlarged", fontsize=8.5)
     zoomed.tick_params(labelsize=8)
-    outside_legend(figure, left, columns=2)
+    common.outside_legend(figure, left, columns=2)
     return figure
 
 
@@ -198,9 +183,9 @@ def energy_curves(experiments: Sequence[Experiment], root: Path | None = None, w
     """Potts energy of the labels of test images, and mIoU, over the steps; dotted: the first stage ends."""
     panels = {"Potts energy R of the argmax": "potts_energy", METRICS["miou"].title: "miou"}
     title = "Potts energy and mIoU of test images over training"
-    if not any(rows_of(item, root, "evaluation") for item in experiments):
-        return unavailable(title, experiments, root)
-    return over_training(title, experiments, root, panels, weights, **_stages(experiments, root))
+    if not any(common.rows_of(item, root, "evaluation") for item in experiments):
+        return common.unavailable(title, experiments, root)
+    return common.over_training(title, experiments, root, panels, weights, **_stages(experiments, root))
 
 
 def proposal_curves(experiments: Sequence[Experiment], root: Path | None = None, weights: str = "ema") -> Figure:
@@ -209,15 +194,15 @@ def proposal_curves(experiments: Sequence[Experiment], root: Path | None = None,
     Methods without proposals are named. A proposal stays as it is until stage A is solved again.
     """
     title = "Proposals of training images over training, against hidden masks"
-    reporting("last", weights)
+    common.reporting("last", weights)
     kept = [item for item in experiments if any(row[weights]["proposal_accuracy"] is not None
-                                                for row in rows_of(item, root, "evaluation"))]  # fmt: skip
+                                                for row in common.rows_of(item, root, "evaluation"))]  # fmt: skip
     if not kept:
-        return unavailable(title, experiments, root)
+        return common.unavailable(title, experiments, root)
     done = [item for item in experiments if is_finished(item, root)]
     panels = {"pixel accuracy of proposals (%)": "proposal_accuracy", "mIoU of proposals (%)": "proposal_miou"}
-    captions = [absent(done, kept, "without proposals"), absent(experiments, [*done, *kept])]
-    return over_training(title, kept, root, panels, weights, captions, **_stages(kept, root))
+    captions = [common.absent(done, kept, "without proposals"), common.absent(experiments, [*done, *kept])]
+    return common.over_training(title, kept, root, panels, weights, captions, **_stages(kept, root))
 
 
 def _stages(experiments: Sequence[Experiment], root: Path | None) -> dict:
@@ -231,7 +216,7 @@ def stage_ends(experiments: Iterable[Experiment], root: Path | None = None) -> l
     """The steps at which runs left their first stage, in rising order."""
     ends = set()
     for item in experiments:
-        stages = [(row["step"], row["stage"]) for row in rows_of(item, root, "train")]
+        stages = [(row["step"], row["stage"]) for row in common.rows_of(item, root, "train")]
         before = [step for step, stage in stages if stage == 0]
         if before and len(before) < len(stages):
             ends.add(max(before))
@@ -265,7 +250,7 @@ def trust_region_figures(scale: str, seeds: Sequence[int], root: Path | None = N
     """
     module = PAPERS["trust_region"]
     experiments, table = module.main_experiments(scale, seeds), next(iter(module.TABLES.values()))
-    classes = len(classes_of(experiments[0].data))
+    classes = len(common.classes_of(experiments[0].data))
     drawn: Drawn = [("robust_loss", "The robust loss", robust_loss_curves(classes))]
     every = list(dict.fromkeys([*table.experiments(scale, seeds), *experiments]))
     done = [item for item in every if is_finished(item, root)]
@@ -288,9 +273,9 @@ def trust_region_figures(scale: str, seeds: Sequence[int], root: Path | None = N
     for item in [item for item in finished if item.method == "robust_trust_region"][:1]:
         drawn += [
             ("panels", "Scribbles, proposals and predictions", proposal_panels(item, root)),
-            ("loss", "Loss terms over training", loss_curves(item, root)),
+            ("loss", "Loss terms over training", common.loss_curves(item, root)),
         ]
-    return drawn + table_figures("trust_region", scale, seeds, root)
+    return drawn + common.table_figures("trust_region", scale, seeds, root)
 
 
 def _of_length(experiments: Sequence[Experiment], length: int) -> list[Experiment]:

@@ -14,34 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from figures import style
-from figures.common import (  # fmt: skip
-    Drawn,
-    absent,
-    banded,
-    check_alike,
-    class_bars,
-    class_colours,
-    classes_of,
-    counted,
-    curve,
-    filled,
-    heads_of,
-    image_grid,
-    loss_curves,
-    mark,
-    mean_of,
-    outside_legend,
-    over_training,
-    overlay,
-    percent,
-    picture,
-    reported,
-    reporting,
-    table_figures,
-    unavailable,
-    variants,
-)
+from figures import common, style
+from figures.common import Drawn
 from figures.masks import qualitative_masks
 from figures.style import label_of, start, themed, where
 from figures.sweeps import ablation_curves, sweep
@@ -71,27 +45,28 @@ def cam_panels(experiments: Sequence[Experiment], root: Path | None = None, imag
     """
     done = {item: load_outputs(folder_of(item, root)) for item in experiments if is_finished(item, root)}
     if not done:
-        return unavailable("Activation maps", experiments, root)
-    check_alike(done.values(), "test_images", "been tested on different images")
-    first, names = next(iter(done.values())), classes_of(experiments[0].data)
-    tags, truth, colours = first["test_tags"], first["test_truth"], class_colours(len(names))
+        return common.unavailable("Activation maps", experiments, root)
+    common.check_alike(done.values(), "test_images", "been tested on different images")
+    first, names = next(iter(done.values())), common.classes_of(experiments[0].data)
+    tags, truth, colours = first["test_tags"], first["test_truth"], common.class_colours(len(names))
     crowded = [index for index, classes in enumerate(tags.sum(1).tolist()) if classes > 1]
     chosen, rows = (crowded or list(range(len(tags))))[:images], []
     hard = {item: resolve(item).beta for item in done if item.method == "pcre"}
     for index in chosen:
-        image, shown, row = first["test_images"][index], tags[index][None], [picture(first["test_images"][index])]
+        image, shown = first["test_images"][index], tags[index][None]
+        row = [common.picture(image)]
         for kept in done.values():
             value, label = cam.best_class(kept["test_cam"][index][None].float(), shown)
-            row.append(overlay(image, OVERLAY * value[0], colours[label[0]]))
+            row.append(common.overlay(image, OVERLAY * value[0], colours[label[0]]))
         for item, beta in hard.items():
             row.append(colours[cam.cam_labels(done[item]["test_cam"][index][None].float(), shown, beta)[0]])
         rows.append([*row, colours[truth[index]]])
     cuts = [f"{label_of(item)},\ncut at {beta:g}" for item, beta in hard.items()]
     note = "colour: the shown class with the largest value, as strong as that value"
     title = f"Activation maps of {len(chosen)} test images; above: CAM mIoU over the whole test set"
-    heads = ["image", *heads_of(done, root, "cam_miou"), *cuts, "truth"]
-    captions = [where(done), note, absent(experiments, done)]
-    return image_grid(title, captions, heads, rows, names, [truth[chosen]])[0]
+    heads = ["image", *common.heads_of(done, root, "cam_miou"), *cuts, "truth"]
+    captions = [where(done), note, common.absent(experiments, done)]
+    return common.image_grid(title, captions, heads, rows, names, [truth[chosen]])[0]
 
 
 @themed
@@ -105,18 +80,18 @@ def region_growth(experiment: Experiment, root: Path | None = None, images: int 
     moments = load_moments(folder_of(experiment, root)) if is_finished(experiment, root) else {}
     moments = {step: kept for step, kept in moments.items() if "regions" in kept}
     if not moments:
-        return unavailable(title, [experiment], root)
+        return common.unavailable(title, [experiment], root)
     outputs, recipe = load_outputs(folder_of(experiment, root)), resolve(experiment)
-    tags, names = outputs["pool_tags"], classes_of(experiment.data)
+    tags, names = outputs["pool_tags"], common.classes_of(experiment.data)
     chosen = [index for index in range(len(tags)) if tags[index].any()][:images]
     labels = [1 + int(tags[index].int().argmax()) for index in chosen]  # the first class that each shows
     steps, size = _while_growing(list(moments), recipe, columns), outputs["pool_truth"].shape[1:]
     patches = tuple(next(iter(moments.values()))["regions"].shape[2:])
-    colours, rows = class_colours(len(names)), []
+    colours, rows = common.class_colours(len(names)), []
     for index, label in zip(chosen, labels, strict=True):
         regions = [moments[step]["regions"][index, label - 1][None, None].float() for step in steps]
-        rows.append([overlay(outputs["pool_images"][index], OVERLAY * cam.bilinear(region, size)[0, 0], colours[label])
-                     for region in regions])  # fmt: skip
+        shares = [OVERLAY * cam.bilinear(region, size)[0, 0] for region in regions]
+        rows.append([common.overlay(outputs["pool_images"][index], share, colours[label]) for share in shares])
     away = squared_distances(patches, torch.device("cpu"))[patches[0] // 2 * patches[1] + patches[1] // 2]
     reach = [(away <= moments[step]["radius"] ** 2).numpy() for step in steps]
     rows.append([np.where(near[..., None], 0.5, np.ones(3)) for near in reach])
@@ -125,8 +100,8 @@ def region_growth(experiment: Experiment, root: Path | None = None, images: int 
     heads = [f"step {step}\nr = {float(moments[step]['radius']):.2f}" for step in steps]
     sides = [f"{names[label]}\ntraining image {int(outputs['pool_index'][index])}"
              for index, label in zip(chosen, labels, strict=True)]  # fmt: skip
-    figure, grid = image_grid(f"{title} at scale 1, behind the gate of the step", captions, heads, rows, names, [],
-                              [*sides, "reach of\na mask"], room=1.6)  # fmt: skip
+    title, sides = f"{title} at scale 1, behind the gate of the step", [*sides, "reach of\na mask"]
+    figure, grid = common.image_grid(title, captions, heads, rows, names, [], sides, room=1.6)
     for index, label, row in zip(chosen, labels, grid, strict=False):
         for axes in row:
             _outline(axes, outputs["pool_truth"][index] == label)
@@ -158,14 +133,14 @@ def _schedule(axes: Axes, moments: dict[int, dict[str, Tensor]], recipe: TagReci
     """Radius in patches against the step: the schedule, and dots at the evaluations that were kept."""
     settings, at = recipe.method, np.linspace(0, 1, 401)
     radius = [max(grid) if (one := settings.radius(progress, grid)) is None else one for progress in at]
-    curve(axes, at * recipe.steps, radius, "schedule")
+    common.curve(axes, at * recipe.steps, radius, "schedule")
     kept = [float(moment["radius"]) for moment in moments.values()]
-    curve(axes, list(moments), kept, "kept evaluations", style.BLUE, "o", linestyle="")
+    common.curve(axes, list(moments), kept, "kept evaluations", style.BLUE, "o", linestyle="")
     axes.set(xlabel="training step", ylabel="radius r\n(patches)")
     axes.set(xlim=(0, 1.01 * recipe.steps), ylim=(0, 1.12 * max(radius)))
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     for share in (settings.gate_from, settings.gate_to):
-        mark(axes, share * recipe.steps, f"{100 * share:g} %")
+        common.mark(axes, share * recipe.steps, f"{100 * share:g} %")
     axes.legend(loc="lower right", frameon=False)
 
 
@@ -183,7 +158,7 @@ def miou_curves(experiments: Sequence[Experiment], root: Path | None = None, wei
     caption = ", ".join(f"{100 * share:g} %: {what}" for share, what in ends.items())
     marks = {share * recipe.steps: f"{100 * share:g} %" for share in ends}
     title = "mIoU of CAMs and of segmentation over training"
-    return over_training(title, experiments, root, panels, weights, [caption], marks=marks)
+    return common.over_training(title, experiments, root, panels, weights, [caption], marks=marks)
 
 
 # Of the trained network
@@ -197,31 +172,31 @@ def threshold_curves(
 
     Dashed: beta of the recipes. Large marks: the best threshold of a mean curve, chosen on this very set.
     """
-    title = f"CAM mIoU against the background threshold, {reporting(rule, weights)}"
+    title = f"CAM mIoU against the background threshold, {common.reporting(rule, weights)}"
     if not any(is_finished(item, root) for item in experiments):
-        return unavailable(title, experiments, root)
+        return common.unavailable(title, experiments, root)
     note = "large mark: best threshold, chosen on this very set; dashed: beta of hard labels"
-    figure, ((axes,),) = start(title, [banded(experiments), note], (8.5, 4.6))
+    figure, ((axes,),) = start(title, [common.banded(experiments), note], (8.5, 4.6))
     at = np.array(cam.THRESHOLDS)
-    for group, looks, _ in variants(experiments):
-        runs = [reported(item, root, rule, weights)["cam_curve"] for item in group if is_finished(item, root)]
-        mean, label = mean_of(np.array(runs, dtype=float).reshape(-1, len(at))), counted(group, runs)
+    for group, looks, _ in common.variants(experiments):
+        runs = [common.reported(item, root, rule, weights)["cam_curve"] for item in group if is_finished(item, root)]
+        mean, label = common.mean_of(np.array(runs, dtype=float).reshape(-1, len(at))), common.counted(group, runs)
         if np.isfinite(mean).any():
             best = int(np.nanargmax(mean))
             axes.plot(at[best], mean[best], looks["marker"], color=looks["colour"], markersize=11,
                       markeredgecolor=style.INK)  # fmt: skip
             label += f": best {100 * mean[best]:.1f} % at {at[best]:.2f}"
-        curve(axes, at, runs or np.full(len(at), math.nan), label, markevery=10, **looks)
+        common.curve(axes, at, runs or np.full(len(at), math.nan), label, markevery=10, **looks)
     betas: dict[float, dict[str, None]] = {}
     for item in experiments:
         betas.setdefault(resolve(item).beta, {})[label_of(item)] = None
     sides = {min(betas): "right", max(betas): "left"} if len(betas) > 1 else {}  # names beside one another
     for beta, names in betas.items():
         whose = f" ({', '.join(names)})" if len(betas) > 1 else ""
-        mark(axes, beta, f"beta = {beta:g}{whose}", "--", sides.get(beta, "center"))
+        common.mark(axes, beta, f"beta = {beta:g}{whose}", "--", sides.get(beta, "center"))
     axes.set(xlabel="background threshold", ylabel="CAM mIoU (%), test images", xlim=(0, 1), ylim=(0, None))
-    percent(axes.yaxis)
-    outside_legend(figure, axes, columns=2)
+    common.percent(axes.yaxis)
+    common.outside_legend(figure, axes, columns=2)
     return figure
 
 
@@ -234,8 +209,8 @@ def iou_by_class(
         return [*segmentation.plain(segmentation.iou(torch.tensor(run["cam_confusion"]))), run["cam_miou"]]
 
     panels = {"CAM IoU (%), cut at beta": of_cams, "segmentation IoU (%)": lambda run: [*run["iou"], run["miou"]]}
-    names = [*classes_of(experiments[0].data), "mean"]
-    return class_bars("IoU by class", names, panels, experiments, root, rule, weights)
+    names = [*common.classes_of(experiments[0].data), "mean"]
+    return common.class_bars("IoU by class", names, panels, experiments, root, rule, weights)
 
 
 def over_activation_bars(
@@ -252,7 +227,8 @@ def over_activation_bars(
         "FP / (FP + TP) (%), bounded": lambda run: run["over_activation"]["share"][1:],
     }
     title = "Over-activation of CAMs by class; the paper prints no formula, FP / TP is a reconstruction"
-    return class_bars(title, classes_of(experiments[0].data)[1:], panels, experiments, root, rule, weights, most=CUT)
+    names = common.classes_of(experiments[0].data)[1:]
+    return common.class_bars(title, names, panels, experiments, root, rule, weights, most=CUT)
 
 
 # The report's
@@ -277,10 +253,10 @@ def pcre_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> 
     for item in [item for item in finished if item.method == "pcre"][:1]:
         drawn += [
             ("growth", "Growth of the regions", region_growth(item, root)),
-            ("loss", "Loss terms over training", loss_curves(item, root)),
+            ("loss", "Loss terms over training", common.loss_curves(item, root)),
         ]
     for name, table in module.ABLATIONS.items():
         column = table.columns_at(scale)[0]
-        if table.references and sweep(table, column, scale) and filled(table, column, scale, seeds, root) > 1:
+        if table.references and sweep(table, column, scale) and common.filled(table, column, scale, seeds, root) > 1:
             drawn += [(f"curve_{name}", f"{table.title}, as a curve", ablation_curves(table, scale, seeds, root))]
-    return drawn + table_figures("pcre", scale, seeds, root)
+    return drawn + common.table_figures("pcre", scale, seeds, root)
