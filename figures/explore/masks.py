@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from torch import Tensor
 
+from figures.common import class_colours, classes_of
 from figures.explore import panel
 from figures.explore.panel import RIGHT, UNKNOWN, WRONG, Explorer, Missing, Numbers
-from figures.plane import CERTAIN, SHOWN, SMALLEST, TICKS, Moment, class_colours, classes_of
+from figures.plane import CERTAIN, SHOWN, SMALLEST, TICKS, Moment
 from figures.style import INK, label_of, where
 from repro.experiment import Experiment, resolve
 from repro.methods.few_masks.csl import FEATURES, pixel_weights

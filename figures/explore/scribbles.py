@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from torch import Tensor
 
+from figures.common import class_colours, classes_of
 from figures.explore import panel
 from figures.explore.panel import RIGHT, UNKNOWN, WRONG, Explorer, Missing, Numbers
-from figures.plane import class_colours, classes_of
 from figures.style import label_of, where
 from repro.data.augment import normalise
 from repro.data.mask_views import IMAGENET_MEAN, IMAGENET_STD, PADDING, hide

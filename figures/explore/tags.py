@@ -21,9 +21,9 @@ from matplotlib.patches import Ellipse
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from figures.common import class_colours, classes_of
 from figures.explore import panel
 from figures.explore.panel import Explorer, Missing, Numbers
-from figures.plane import class_colours, classes_of
 from figures.style import label_of, style_of, where
 from repro.cam import cam_labels, min_max, over_activation, widened
 from repro.data.masks import IGNORE

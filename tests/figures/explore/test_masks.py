@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
+from figures.common import classes_of
 from figures.explore import panel
 from figures.explore.masks import Weights, measure
-from figures.plane import Moment, classes_of
+from figures.plane import Moment
 from repro.methods.few_masks.csl import CSLSettings
 from repro.runs import load_moments, load_outputs
 from tests.fake_mask_runs import STEPS, features, probabilities, scenes, write_mask_run
