@@ -117,20 +117,6 @@ class Thresholds(Explorer):
         limits = zip(("t_p", "s_p", "t_n", "s_n"), seen.limits, strict=True)
         return Numbers("At " + ", ".join(f"{name} = {value:.3g}" for name, value in limits) + ".", columns, rows)
 
-    def strips(self, seen: Seen, shown: int = 12) -> list[tuple[str, list[int], bool]]:
-        """Images worth a look, as heading, places and whether they are mistaken negatives: the surest positives, the
-        least sure ones, and those whose true class is held to be wrong, the least probable first."""
-        chosen = seen.mask.nonzero()[:, 0]
-        order = chosen[seen.confidence[chosen].argsort(descending=True, stable=True)].tolist()
-        true = self.truth.clamp(min=0)[:, None]
-        worst = (seen.negative_mask.gather(1, true)[:, 0] & (self.truth >= 0)).nonzero()[:, 0]
-        worst = worst[seen.negative_mean.gather(1, true)[worst, 0].argsort(stable=True)].tolist()
-        return [
-            (f"Surest positives ({len(order):,} in all)", order[:shown], False),
-            ("Least sure positives", order[shown:][::-1][:shown], False),
-            (f"True class among the negatives ({len(worst):,} in all)", worst[:shown], True),
-        ]
-
     def layout(self, figure: FigureBase) -> list[Axes]:
         start = self.compute(*self.start)
         other = torch.arange(start.negative_mean.shape[1]) != start.label[:, None]
@@ -159,16 +145,22 @@ class Thresholds(Explorer):
         region = {"facecolor": (*style.BLUE, 0.15), "edgecolor": style.BLUE, "linewidth": 1.5}
         left.add_patch(Rectangle((t_p, FLOOR / 2), 1.01 - t_p, max(s_p, FLOOR) - FLOOR / 2, **region))
         right.add_patch(Rectangle((FLOOR, FLOOR / 2), max(t_n - FLOOR, 0), max(s_n, FLOOR) - FLOOR / 2, **region))
-        for strip, (heading, places, mistaken) in zip(strips, self.strips(seen), strict=True):
-            thumbs = []
-            for place in places:
-                truth, label = int(self.truth[place]), int(seen.label[place])
-                p = float(seen.negative_mean[place, truth] if mistaken else seen.confidence[place])
-                share = f"{100 * p:.1f} %" if p > 1e-3 else f"{100 * p:.0e} %"
-                name = self.classes[truth if mistaken else label][:11]
-                good = not mistaken and truth in (label, -1)
-                thumbs.append(panel.Thumb(self.images[place], good, f"{name}\n{share}"))
-            panel.thumbnails(strip, heading if places else f"{heading}: none", thumbs)
+        chosen, true = seen.mask.nonzero()[:, 0], self.truth.clamp(min=0)[:, None]
+        order = chosen[seen.confidence[chosen].argsort(descending=True, stable=True)]
+        p, mistaken = (part.gather(1, true)[:, 0] for part in (seen.negative_mean, seen.negative_mask))
+        worst = (mistaken & (self.truth >= 0)).nonzero()[:, 0]
+        worst, good = worst[p[worst].argsort(stable=True)], (seen.label == self.truth) | (self.truth < 0)
+        rows = (
+            (f"Surest positives ({len(order):,} in all)", order[:12], seen.label, seen.confidence, good),
+            ("Least sure positives", order[12:].flip(0)[:12], seen.label, seen.confidence, good),
+            (f"True class among the negatives ({len(worst):,} in all)", worst[:12], self.truth, p, good & False),
+        )
+        for strip, (heading, places, named, p, good) in zip(strips, rows, strict=True):
+            words = [f"{100 * p[i]:.1f} %" if p[i] > 1e-3 else f"{100 * p[i]:.0e} %" for i in places]
+            names = [self.classes[named[i]][:11] for i in places]
+            thumbs = [panel.Thumb(self.images[i], bool(good[i]), f"{name}\n{word}")
+                      for i, name, word in zip(places, names, words, strict=True)]  # fmt: skip
+            panel.thumbnails(strip, heading, thumbs)
 
 
 # Reliability of test predictions

@@ -23,13 +23,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
+from figures.common import image_panel
 from figures.style import THEME, Drawing, label_of, message, themed, to_png
 from repro.batch.progress import is_watched
 from repro.experiment import Experiment
 from repro.runs import is_finished
 
 RIGHT, WRONG, UNKNOWN = (1, 115, 178), (213, 94, 0), (130, 130, 130)  # uint8 colours of labels
-SMALL = 8  # points, of words in a picture
 
 
 class Missing(Exception):
@@ -154,8 +154,8 @@ def still(explorer: Explorer) -> Figure:
     figure = Drawing(figsize=(wide, head + sum(heights)))
     title, *parts = figure.subfigures(1 + len(heights), 1, height_ratios=[head, *heights])
     title.text(0.5, 0.5, explorer.title, ha="center", va="center", fontsize=10)
-    for picture, below, one, text in zip(parts[::2], parts[1::2], seen, texts, strict=True):
-        explorer.draw(explorer.layout(picture), one)
+    for above, below, one, text in zip(parts[::2], parts[1::2], seen, texts, strict=True):
+        explorer.draw(explorer.layout(above), one)
         below.text(0.5, 0.98, text, family="DejaVu Sans Mono", fontsize=6.5, ha="center", va="top")
     return figure
 
@@ -234,9 +234,9 @@ def plain_ticks(axes: Axes) -> None:
 
 
 def picture(axes: Axes, pixels: np.ndarray, title: str, **look: Any) -> None:
-    """An image, unblended, under its title. look: of `Axes.imshow`."""
-    axes.imshow(pixels, interpolation="nearest", **look)
-    axes.set_title(title, fontsize=SMALL, loc="left", pad=3)
+    """An image under its title, small and to the left. look: of `Axes.imshow`."""
+    image_panel(axes, pixels, **look)
+    axes.set_title(title, fontsize=8, loc="left", pad=3)
 
 
 def key(axes: Axes, entries: Iterable[tuple[str, Any]], columns: int = 9) -> None:
