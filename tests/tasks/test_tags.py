@@ -290,7 +290,7 @@ def test_without_a_gate_the_radius_is_the_side_of_the_grid(options, radius, monk
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_final_scores_follow_from_the_counts_and_are_made_once(runs, method):
+def test_protocol_scores_follow_from_the_counts_and_are_made_once(runs, method):
     run = runs[method]
     scores = run.task.after(run.outputs)
     for name in ("ms", "crf"):
