@@ -243,7 +243,7 @@ def margin_histograms(
         cells = part.subplots(1, examples)
         for axes, at in zip(cells, order, strict=False):
             label, truth, right = int(margins.label[at]), int(margins.truth[at]), bool(margins.right[at])
-            image = pool.images[margins.index[at]].permute(1, 2, 0).squeeze(2)
+            image = pool.images[margins.index[at]].permute(1, 2, 0).squeeze(2).numpy()
             wrong = "" if right else f"is {pool.classes[truth]}"
             below = f"{pool.classes[label]}\n{float(margins.score[at]):+.2f}\n{wrong}"
             common.image_panel(axes, image, below=below, cmap="gray", vmin=0, vmax=255)
@@ -267,7 +267,8 @@ def _histogram(axes: Axes, margins: Margins, kind: str) -> None:
         share = f", {100 * float(part.right[known].double().mean()):.1f} % right" if known.any() else ""
         axes.hist(part.score.numpy(), edges, color=HALVES[half], alpha=0.75, label=f"{half} half{share}")
     if not margins.right.all():
-        axes.hist(margins.score[~margins.right], edges, color=style.INK, histtype="step", linewidth=1.3, label="wrong")
+        wrong = margins.score[~margins.right].numpy()
+        axes.hist(wrong, edges, color=style.INK, histtype="step", linewidth=1.3, label="wrong")
     axes.set_ylim(top=1.4 * axes.get_ylim()[1])
     axes.legend(fontsize=8, loc="upper left")
 

@@ -137,7 +137,8 @@ def reliability_panel(axes: Axes, accuracy, confidence, count, below: Axes | Non
     accuracy, confidence, count: (bins,), NaN where a bin is empty. below: axes for the share of each bin. runs: of
     several seeds, the accuracies (runs, bins), as dots.
     """
-    accuracy, confidence, count = (np.nan_to_num(np.array(part, dtype=float)) for part in (accuracy, confidence, count))
+    parts = (np.asarray(part, dtype=float) for part in (accuracy, confidence, count))
+    accuracy, confidence, count = map(np.nan_to_num, parts)  # an empty bin has no bar
     width, left, filled = 1 / len(count), np.arange(len(count)) / len(count), count > 0
     bar = {"width": width, "align": "edge", "linewidth": 0.6}
     axes.bar(left, accuracy, color=style.BLUE, edgecolor="white", label="accuracy", **bar)
@@ -277,16 +278,17 @@ def over_training(
     if weights:
         title += f" ({reporting('last', weights).split(', ')[1]})"
     columns = columns or len(panels)
-    rows = -(-len(panels) // columns)
-    size = (4.4 if columns < 3 else 3.5) * columns, 2.7 * rows + 1.2 + 0.2 * len(captions)
-    figure, grid = start(title, [place or banded(experiments), *captions], size, rows, columns, sharex=True)
+    lines = -(-len(panels) // columns)
+    size = (4.4 if columns < 3 else 3.5) * columns, 2.7 * lines + 1.2 + 0.2 * len(captions)
+    figure, grid = start(title, [place or banded(experiments), *captions], size, lines, columns, sharex=True)
     for (label, value), axes in zip(panels.items(), grid.flat, strict=False):
         for group, looks, _ in variants(experiments):
-            found = [rows for item in group if (rows := rows_of(item, root, "evaluation" if weights else "train"))]
-            runs = [{row["step"]: row[weights][value] if weights else value(row) for row in rows} for rows in found]
+            found = [kept for item in group if (kept := rows_of(item, root, "evaluation" if weights else "train"))]
+            runs = [{row["step"]: row[weights][value] if weights else value(row) for row in kept} for kept in found]
             steps = sorted(set.intersection(*map(set, runs))) if runs else []
-            curve(axes, steps, [[run[step] for step in steps] for run in runs], counted(group, found),
-                  markevery=max(1, len(steps) // 8), **looks)  # fmt: skip
+            rows = np.array([[run[step] for step in steps] for run in runs], dtype=float)  # None is NaN
+            none = " (none)" * bool(steps and not np.isfinite(rows).any())
+            curve(axes, steps, rows, counted(group, found) + none, markevery=max(1, len(steps) // 8), **looks)
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if "(%)" in label:
