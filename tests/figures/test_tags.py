@@ -133,20 +133,11 @@ def test_without_a_gate_the_radius_is_the_grids_side(tmp_path):
     assert all((image(tile) < 1).all() for tile in axes[12:18])
 
 
-def test_few_moments_are_all_shown(copied):
-    for path in (folder_of(PCRE, copied) / "moments").glob("*.safetensors"):
-        if int(path.stem) not in KEPT[1::4]:
-            path.unlink()
-    assert steps_shown(figures.region_growth(PCRE, copied, images=1)) == list(KEPT[1::4])
-
-
-@pytest.mark.parametrize(
-    ("columns", "tenths"), [(6, (1, 2, 3, 4, 7, 10)), (4, (1, 2, 3, 10)), (3, (1, 3, 10)), (20, range(1, 11))]
-)
-def test_of_many_moments_those_of_the_growing_radius_come_first(tmp_path, columns, tenths):
+def test_of_many_moments_evenly_spread_ones_are_shown(tmp_path):
     write_tag_run(PCRE, tmp_path, evaluations=10)
-    figure = figures.region_growth(PCRE, tmp_path, images=1, columns=columns)
-    assert steps_shown(figure) == [tenth * RECIPE.steps // 10 for tenth in tenths]
+    for columns, tenths in ((4, (1, 4, 7, 10)), (20, range(1, 11))):
+        figure = figures.region_growth(PCRE, tmp_path, images=1, columns=columns)
+        assert steps_shown(figure) == [tenth * RECIPE.steps // 10 for tenth in tenths]
 
 
 # Over training
@@ -166,11 +157,6 @@ def test_curves_are_means_over_seeds_with_the_stages_marked(runs):
     assert "10 %: warm-up of the head ends, 40 %: PCRE's regions join its CAM" in said and "band: range" in said
 
 
-def test_without_pcre_only_the_warm_up_is_marked(runs):
-    figure = figures.miou_curves([PLAIN, DUPL], runs)
-    assert "40 %" not in texts(figure) and "10 %: warm-up" in texts(figure)
-
-
 # Of the trained network
 
 
@@ -188,25 +174,6 @@ def test_thresholds_mark_beta_and_what_is_best_on_this_set(runs):
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.3]
     said = texts(figure)
     assert "DuPL (n = 1): best" in said and "ToCo (not run)" in said and "chosen on this very set" in said
-
-
-def test_each_beta_has_a_line_that_names_its_methods(runs, monkeypatch):
-    def resolved(item):
-        return replace(resolve(item), beta=0.45 if item == AFA else 0.3)
-
-    monkeypatch.setattr(figures, "resolve", resolved)
-    (axes,) = figures.threshold_curves([PCRE, DUPL, AFA], runs).axes
-    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.3, 0.45]
-    assert [text.get_text() for text in axes.texts] == ["beta = 0.3 (PCRE, DuPL)", "beta = 0.45 (AFA)"]
-
-
-def test_a_threshold_that_nothing_was_measured_at_is_a_gap(copied):
-    def change(found):
-        found["cam_curve"][:40] = [None] * 40
-
-    change_final(copied, DUPL, change)
-    line = next(line for line in figures.threshold_curves([DUPL], copied).axes[0].lines if len(line.get_xdata()) == 100)
-    assert np.isnan(line.get_ydata()).tolist() == [True] * 40 + [False] * 60
 
 
 def by_hand(runs, experiment, quantity):
