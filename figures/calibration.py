@@ -13,7 +13,7 @@ from torch import Tensor
 from figures import common, style
 from figures.claims import statistic
 from figures.common import Drawn
-from figures.labels import image_reliability, label_figures
+from figures.labels import image_bins, label_figures
 from figures.style import Drawing, label_of, message, say, setting, start, style_of, themed, where
 from figures.tables import NOT_RUN, summarise
 from repro.data import splits
@@ -59,7 +59,6 @@ class Predictions:
         return calibration.top_label(self.probs(temperature), self.labels)
 
 
-@themed
 def before_and_after(
     pairs: Sequence[tuple[Experiment, Experiment]], root: Path | None = None, bins: int = 15, resamples: int = 300
 ) -> Figure:
@@ -68,28 +67,23 @@ def before_and_after(
     pairs: (base, base + CalibrateMix). resamples: of the bootstrap intervals. Scaling divides the logits by the
     temperature that fits the run's held-out labelled images, which neither training nor test contains.
     """
+    rows = []
+    for pair in pairs:
+        rows.append([])
+        for item in pair:
+            found = Predictions.of(item, root) if is_finished(item, root) else None
+            for scaled in (False, True):
+                panel = {"title": f"{short_label(item)}, seed {item.seed}", "why": NOT_RUN}
+                if found is not None and scaled and found.temperature is None:
+                    panel["why"] = "no held-out images to fit a temperature"
+                elif found is not None:
+                    temperature = found.temperature if scaled else 1.0
+                    panel["title"] += f"\nscaled at T = {temperature:.2f}" if scaled else "\nas trained"
+                    panel |= image_bins(*found.top(temperature), bins, resamples)
+                rows[-1].append(panel)
     how = f"EMA weights, {bins} bins (lo, hi], 95 % bootstrap intervals; {setting(sum(pairs, ()))}"
     title = "Reliability on test images: does training or temperature scaling do the work?"
-    figure, grid = start(title, [how], (13, 4.3 * len(pairs) + 0.8), 2 * len(pairs), 4, sharex=True,
-                         height_ratios=(3.2, 1) * len(pairs))  # fmt: skip
-    for (upper, lower), pair in zip(grid.reshape(-1, 2, 4), pairs, strict=True):
-        panels = [(item, scaled) for item in pair for scaled in (False, True)]
-        for axes, below, (item, scaled) in zip(upper, lower, panels, strict=True):
-            found = Predictions.of(item, root) if is_finished(item, root) else None
-            below.tick_params(labelbottom=True)
-            axes.set_title(short_label(item))
-            if found is None or (scaled and found.temperature is None):
-                say(axes, NOT_RUN if found is None else "no held-out images to fit a temperature")
-                below.set_axis_off()
-                continue
-            temperature = found.temperature if scaled else 1.0
-            part = f"scaled at T = {temperature:.2f}" if scaled else "as trained"
-            axes.set_title(f"{short_label(item)}\nseed {item.seed}, {part}")
-            image_reliability(axes, below, *found.top(temperature), bins, resamples)
-        upper[0].set_ylabel("accuracy (%)")
-        lower[0].set_ylabel("images (%)")
-    common.outside_legend(figure, next((axes for axes in grid.flat if axes.containers), grid[0, 0]))
-    return figure
+    return common.reliability_figure(title, [how], rows)
 
 
 def short_label(experiment: Experiment) -> str:
@@ -243,7 +237,7 @@ def margin_histograms(
         cells = part.subplots(1, examples)
         for axes, at in zip(cells, order, strict=False):
             label, truth, right = int(margins.label[at]), int(margins.truth[at]), bool(margins.right[at])
-            image = pool.images[margins.index[at]].permute(1, 2, 0).squeeze(2)
+            image = pool.images[margins.index[at]].permute(1, 2, 0).squeeze(2).numpy()
             wrong = "" if right else f"is {pool.classes[truth]}"
             below = f"{pool.classes[label]}\n{float(margins.score[at]):+.2f}\n{wrong}"
             common.image_panel(axes, image, below=below, cmap="gray", vmin=0, vmax=255)
@@ -267,7 +261,8 @@ def _histogram(axes: Axes, margins: Margins, kind: str) -> None:
         share = f", {100 * float(part.right[known].double().mean()):.1f} % right" if known.any() else ""
         axes.hist(part.score.numpy(), edges, color=HALVES[half], alpha=0.75, label=f"{half} half{share}")
     if not margins.right.all():
-        axes.hist(margins.score[~margins.right], edges, color=style.INK, histtype="step", linewidth=1.3, label="wrong")
+        wrong = margins.score[~margins.right].numpy()
+        axes.hist(wrong, edges, color=style.INK, histtype="step", linewidth=1.3, label="wrong")
     axes.set_ylim(top=1.4 * axes.get_ylim()[1])
     axes.legend(fontsize=8, loc="upper left")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from figures import style
 from figures.claims import statistic
-from figures.style import INK, Drawing, by_seed, label_of, message, start, style_of, themed, where
+from figures.style import INK, Drawing, by_seed, label_of, message, say, start, style_of, themed, where
 from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, published_grid, shared_seeds, summarise
 from repro.data.masks import IGNORE, palette
 from repro.data.folders import MASK_SOURCES
@@ -137,7 +137,8 @@ def reliability_panel(axes: Axes, accuracy, confidence, count, below: Axes | Non
     accuracy, confidence, count: (bins,), NaN where a bin is empty. below: axes for the share of each bin. runs: of
     several seeds, the accuracies (runs, bins), as dots.
     """
-    accuracy, confidence, count = (np.nan_to_num(np.array(part, dtype=float)) for part in (accuracy, confidence, count))
+    parts = (np.asarray(part, dtype=float) for part in (accuracy, confidence, count))
+    accuracy, confidence, count = map(np.nan_to_num, parts)  # an empty bin has no bar
     width, left, filled = 1 / len(count), np.arange(len(count)) / len(count), count > 0
     bar = {"width": width, "align": "edge", "linewidth": 0.6}
     axes.bar(left, accuracy, color=style.BLUE, edgecolor="white", label="accuracy", **bar)
@@ -159,11 +160,10 @@ def reliability_panel(axes: Axes, accuracy, confidence, count, below: Axes | Non
         percent(below.yaxis)
 
 
-def mark(axes: Axes, at: float, text: str, linestyle: str = ":", ha: str = "center") -> None:
+def mark(axes: Axes, at: float, text: str, linestyle: str = ":") -> None:
     """A vertical line with a word above it."""
     axes.axvline(at, color=INK, linestyle=linestyle, linewidth=1.2, zorder=1)
-    axes.annotate(text, (at, 1), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points", ha=ha,
-                  fontsize=8, color=INK)  # fmt: skip
+    axes.text(at, 1.01, text, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=INK)
 
 
 def keep_apart(axes: Axes, axis: str, metric: Metric) -> None:
@@ -277,16 +277,17 @@ def over_training(
     if weights:
         title += f" ({reporting('last', weights).split(', ')[1]})"
     columns = columns or len(panels)
-    rows = -(-len(panels) // columns)
-    size = (4.4 if columns < 3 else 3.5) * columns, 2.7 * rows + 1.2 + 0.2 * len(captions)
-    figure, grid = start(title, [place or banded(experiments), *captions], size, rows, columns, sharex=True)
+    lines = -(-len(panels) // columns)
+    size = (4.4 if columns < 3 else 3.5) * columns, 2.7 * lines + 1.2 + 0.2 * len(captions)
+    figure, grid = start(title, [place or banded(experiments), *captions], size, lines, columns, sharex=True)
     for (label, value), axes in zip(panels.items(), grid.flat, strict=False):
         for group, looks, _ in variants(experiments):
-            found = [rows for item in group if (rows := rows_of(item, root, "evaluation" if weights else "train"))]
-            runs = [{row["step"]: row[weights][value] if weights else value(row) for row in rows} for rows in found]
+            found = [kept for item in group if (kept := rows_of(item, root, "evaluation" if weights else "train"))]
+            runs = [{row["step"]: row[weights][value] if weights else value(row) for row in kept} for kept in found]
             steps = sorted(set.intersection(*map(set, runs))) if runs else []
-            curve(axes, steps, [[run[step] for step in steps] for run in runs], counted(group, found),
-                  markevery=max(1, len(steps) // 8), **looks)  # fmt: skip
+            rows = np.array([[run[step] for step in steps] for run in runs], dtype=float)  # None is NaN
+            none = " (none)" * bool(steps and not np.isfinite(rows).any())
+            curve(axes, steps, rows, counted(group, found) + none, markevery=max(1, len(steps) // 8), **looks)
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if "(%)" in label:
@@ -300,6 +301,35 @@ def over_training(
 
 
 # Figures of bars and points
+
+
+@themed
+def reliability_figure(
+    title: str, captions: Sequence[str], rows: Sequence[Sequence[Mapping]], unit: str = "images"
+) -> Figure:
+    """Rows of reliability panels, each above the shares of its bins.
+
+    rows: of panels with "title", and "bins" and "runs" as `reliability_panel` takes them and the "numbers" above, or
+    "why" there are none.
+    """
+    columns = len(rows[0])
+    size = (max(min(3.2 * columns + 0.6, 13), 6), 4.2 * len(rows) + 0.8)
+    figure, grid = start(title, captions, size, 2 * len(rows), columns, sharex=True,
+                         height_ratios=(3.2, 1) * len(rows))  # fmt: skip
+    for number, row in enumerate(rows):
+        upper, lower = grid[2 * number], grid[2 * number + 1]
+        for axes, below, panel in zip(upper, lower, row, strict=True):
+            axes.set_title("\n".join([panel["title"], panel.get("numbers", "")]), fontsize=9.5)
+            if "bins" in panel:
+                reliability_panel(axes, *panel["bins"], below, panel.get("runs", ()))
+                below.tick_params(labelbottom=True)
+            else:
+                say(axes, panel["why"])
+                below.set_axis_off()
+        upper[0].set_ylabel("accuracy (%)")
+        lower[0].set_ylabel(f"{unit} (%)")
+    outside_legend(figure, next((axes for axes in grid.flat if axes.containers), grid[0, 0]))
+    return figure
 
 
 @themed

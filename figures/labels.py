@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from figures import common, style
 from figures.claims import INSTABILITY_BINS, instability_correlation
 from figures.common import Drawn
-from figures.style import label_of, message, say, setting, start, style_of, themed, where
+from figures.style import label_of, message, setting, start, style_of, themed, where
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS
@@ -70,39 +69,30 @@ def threshold_schedules(experiment: Experiment) -> Figure:
     return figure
 
 
-@themed
 def reliability_diagrams(
     experiments: Sequence[Experiment], root: Path | None = None, bins: int = 15, resamples: int = 300
 ) -> Figure:
     """Test accuracy against confidence of each run, and ECE with its bootstrap interval above (ComMatch, Fig. 4)."""
+    panels = []
+    for item in experiments:
+        panel = {"title": f"{label_of(item)}, seed {item.seed}", "why": NOT_RUN}
+        if is_finished(item, root):
+            outputs = load_outputs(folder_of(item, root))
+            probs = outputs["test_logits"].double().softmax(dim=1)
+            panel |= image_bins(*calibration.top_label(probs, outputs["test_labels"]), bins, resamples)
+        panels.append(panel)
     how = f"EMA weights, {bins} bins (lo, hi], 95 % bootstrap intervals"
-    size = (min(3.5 * len(experiments) + 0.6, 13), 4.6)
-    figure, grid = start(f"Reliability on test images ({how})", [setting(experiments)], size, 2, len(experiments),
-                         sharex=True, height_ratios=(3.2, 1))  # fmt: skip
-    for (axes, below), item in zip(grid.T, experiments, strict=True):
-        axes.set_title(f"{label_of(item)}, seed {item.seed}")
-        if not is_finished(item, root):
-            say(axes, NOT_RUN)
-            below.set_axis_off()
-            continue
-        outputs = load_outputs(folder_of(item, root))
-        probs = outputs["test_logits"].double().softmax(dim=1)
-        image_reliability(axes, below, *calibration.top_label(probs, outputs["test_labels"]), bins, resamples)
-    grid[0, 0].set_ylabel("accuracy (%)")
-    grid[1, 0].set_ylabel("images (%)")
-    common.outside_legend(figure, next((axes for axes in grid[0] if axes.containers), grid[0, 0]))
-    return figure
+    return common.reliability_figure(f"Reliability on test images ({how})", [setting(experiments)], [panels])
 
 
-def image_reliability(axes: Axes, below: Axes, confidence: Tensor, correct: Tensor, bins: int, resamples: int) -> None:
-    """A reliability panel of images (n,), right-closed bins; ECE with its bootstrap interval, error and n above."""
+def image_bins(confidence: Tensor, correct: Tensor, bins: int, resamples: int) -> dict:
+    """A panel of `common.reliability_figure` of images (n,): right-closed bins, ECE with bootstrap interval, error."""
     found = calibration.reliability(confidence, correct, bins)
-    ece = functools.partial(calibration.ece, bins=bins)
-    low, high = calibration.bootstrap_interval(ece, confidence, correct, resamples)
-    common.reliability_panel(axes, found.accuracy, found.confidence, found.count, below)
+    low, high = calibration.bootstrap_interval(functools.partial(calibration.ece, bins=bins), confidence, correct,
+                                               resamples)  # fmt: skip
     error = 100 * (1 - float(correct.double().mean()))
     numbers = f"ECE {100 * float(found.ece):.1f} % [{100 * low:.1f}, {100 * high:.1f}], error {error:.1f} %"
-    axes.set_title(f"{axes.get_title()}\n{numbers}\n{len(correct):,} images", fontsize=9.5)
+    return {"bins": (found.accuracy, found.confidence, found.count), "numbers": f"{numbers}\n{len(correct):,} images"}
 
 
 @themed

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from figures import common, style
 from figures.common import Drawn
 from figures.plane import confidence_plane, weight_maps
-from figures.style import by_seed, label_of, say, start, themed, where
+from figures.style import by_seed, label_of, start, themed, where
 from figures.tables import NOT_RUN, summarise
 from repro.experiment import Experiment
 from repro.grid import PAPERS, Table
@@ -55,7 +55,6 @@ def per_class_iou(
     return common.class_bars("IoU by class", names, panels, experiments, root, rule, weights)
 
 
-@themed
 def pixel_reliability(
     experiments: Sequence[Experiment], root: Path | None = None, rule: str = "last", weights: str = "ema"
 ) -> Figure:
@@ -63,31 +62,23 @@ def pixel_reliability(
 
     No intervals: the pixels of an image are not independent, so resampling them would promise too much.
     """
-    groups, how = by_seed(experiments), common.reporting(rule, weights)
-    title = f"Reliability of test pixels, {how}, bins (lo, hi]"
-    captions = [where(experiments), "dots: seeds; no bootstrap, since pixels are not independent"]
-    size = (max(min(2.55 * len(groups) + 0.8, 10.4), 6), 4.9)
-    figure, grid = start(title, captions, size, 2, len(groups), sharex=True, sharey="row", height_ratios=(3.2, 1))
-    for (axes, below), group in zip(grid.T, groups, strict=True):
-        axes.set_title(label_of(group[0]), fontsize=9.5)
+    title = f"Reliability of test pixels, {common.reporting(rule, weights)}, bins (lo, hi]"
+    panels = []
+    for group in by_seed(experiments):
+        panels.append({"title": label_of(group[0]), "why": NOT_RUN})
         runs = [common.reported(item, root, rule, weights) for item in group if is_finished(item, root)]
-        if not runs:
-            say(axes, NOT_RUN)
-            below.set_axis_off()
-            continue
-        count, confidence, accuracy = (np.array([run["reliability"][name] for run in runs], dtype=float)
-                                       for name in ("count", "confidence", "accuracy"))  # fmt: skip
-        total = count.sum(axis=0)
-        right, sure = (np.nansum(count * part, axis=0) / np.maximum(total, 1) for part in (accuracy, confidence))
-        common.reliability_panel(axes, right, sure, total, below, accuracy)
-        ece = summarise(run["ece_15"] for run in runs)
-        spread = "" if ece.sd is None else f" ± {100 * ece.sd:.1f}"
-        numbers = f"ECE {100 * ece.mean:.1f}{spread} %, {len(total)} bins\n{total.sum():,.0f} pixels, n = {len(runs)}"
-        axes.set_title(f"{label_of(group[0])}\n{numbers}", fontsize=9.5)
-    grid[0, 0].set_ylabel("accuracy (%)")
-    grid[1, 0].set_ylabel("pixels (%)")
-    common.outside_legend(figure, next((axes for axes in grid[0] if axes.containers), grid[0, 0]))
-    return figure
+        if runs:
+            count, confidence, accuracy = (np.array([run["reliability"][name] for run in runs], dtype=float)
+                                           for name in ("count", "confidence", "accuracy"))  # fmt: skip
+            total = count.sum(axis=0)
+            right, sure = (np.nansum(count * part, axis=0) / np.maximum(total, 1) for part in (accuracy, confidence))
+            ece = summarise(run["ece_15"] for run in runs)
+            spread = "" if ece.sd is None else f" ± {100 * ece.sd:.1f}"
+            pixels = f"{total.sum():,.0f} pixels, n = {len(runs)}"
+            numbers = f"ECE {100 * ece.mean:.1f}{spread} %, {len(total)} bins\n{pixels}"
+            panels[-1] |= {"bins": (right, sure, total), "runs": accuracy, "numbers": numbers}
+    captions = [where(experiments), "dots: seeds; no bootstrap, since pixels are not independent"]
+    return common.reliability_figure(title, captions, [panels], "pixels")
 
 
 def miou_by_budget(

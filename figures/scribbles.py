@@ -85,20 +85,12 @@ def by_length(
 
 
 def _missing(experiments: Sequence[Experiment], done: Iterable[Experiment]) -> str:
-    """A caption of methods that did not run, and of lengths that did not run, at all or of some method."""
-    ran: dict[str, set[int]] = {}
-    for item in done:
-        ran.setdefault(label_of(item), set()).add(item.labels)
-    weak = [item for item in experiments if item.method != CEILING]
-    nowhere = {item.labels for item in weak} - {item.labels for item in done if item.method != CEILING}
-    parts = list(dict.fromkeys(label_of(item) for item in experiments if label_of(item) not in ran))
-    if nowhere:
-        parts.append(f"length {', '.join(map(str, sorted(nowhere)))} %")
-    for name in dict.fromkeys(label_of(item) for item in weak if label_of(item) in ran):
-        lengths = sorted({item.labels for item in weak if label_of(item) == name} - ran[name] - nowhere)
-        if lengths:
-            parts.append(f"{name} at {', '.join(map(str, lengths))} %")
-    return f"{NOT_RUN}: {'; '.join(parts)}" if parts else ""
+    """A caption of the methods, and of the lengths of scribbles, that did not run at all."""
+    names, lengths = ([dict.fromkeys(of(item) for item in items) for items in (experiments, done)]
+                      for of in (label_of, lambda item: item.labels if item.method != CEILING else None))  # fmt: skip
+    parts = [name for name in names[0] if name not in names[1]]
+    parts += [f"length {length} %" for length in lengths[0] if length not in lengths[1] and length is not None]
+    return f"{NOT_RUN}: {', '.join(parts)}" if parts else ""
 
 
 def _level(axes: Axes, values: Mapping[Experiment, float]) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ from figures.common import PUBLISHED_GROUND, keep_apart, percent, points, report
 from figures.style import start, style_of, themed
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
-from repro.grid import Column, Table
+from repro.grid import Column, Row, Table
 from repro.measure.metrics import METRICS
 from repro.papers.published import Published, lookup
 from repro.runs import is_finished
@@ -24,22 +24,18 @@ from repro.settings import SettingError
 SHORT = {"cam_miou": "CAM mIoU", "miou": "segmentation mIoU"}  # what the paper's ablations print
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """The one setting that the rows of an ablation change.
 
     symbol: the paper's, else the setting's name. rows: in rising order of their values, or the table's where these are
-    words. values: of the rows. default: the recipe's value.
+    words. values: of the rows. default: the recipe's value. numeric: whether no value is a word or a truth value.
     """
 
     symbol: str
-    rows: tuple
-    values: tuple
+    rows: Sequence[Row]
+    values: Sequence
     default: Any
-
-    @property
-    def numeric(self) -> bool:
-        return not any(isinstance(value, str | bool) for value in self.values)
+    numeric: bool
 
 
 def sweep(table: Table, column: Column, scale: str) -> Sweep | None:
@@ -57,10 +53,10 @@ def sweep(table: Table, column: Column, scale: str) -> Sweep | None:
 
     cells = [table.cell(row, column, scale, (0,))[0] for row in table.rows]
     default, symbol = read(dataclasses.replace(cells[0], overrides=()))
-    pairs = list(zip(table.rows, (read(item)[0] for item in cells), strict=True))
-    if not any(isinstance(value, str | bool) for _, value in pairs):
-        pairs.sort(key=lambda pair: pair[1])
-    return Sweep(symbol, *map(tuple, zip(*pairs, strict=True)), default)
+    pairs = [(row, read(item)[0]) for row, item in zip(table.rows, cells, strict=True)]
+    numeric = not any(isinstance(value, str | bool) for _, value in pairs)
+    rows, values = zip(*sorted(pairs, key=lambda pair: pair[1]) if numeric else pairs, strict=True)
+    return Sweep(symbol, rows, values, default, numeric)
 
 
 @themed
@@ -113,11 +109,8 @@ def ablation_curves(
 
 def _published(table: Table, swept: Sweep, metric: str) -> list[Published]:
     """What the paper prints of a metric, by row; empty where it prints none."""
-    references = [reference for reference in table.references if reference.metric == metric]
-    if not references:
+    reference = next((one for one in table.references if one.metric == metric), None)
+    if reference is None:
         return []
-    column = table.columns[0]
-    return [
-        lookup(table.published, references[0], column.data, column.labels, row.published or (row.method,))
-        for row in swept.rows
-    ]
+    place = table.columns[0].data, table.columns[0].labels
+    return [lookup(table.published, reference, *place, row.published or (row.method,)) for row in swept.rows]

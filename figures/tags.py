@@ -73,8 +73,8 @@ def cam_panels(experiments: Sequence[Experiment], root: Path | None = None, imag
 def region_growth(experiment: Experiment, root: Path | None = None, images: int = 2, columns: int = 6) -> Figure:
     """Regions of a PCRE run over training on the first kept training images, one shown class each, and the radius.
 
-    columns: evaluations at most; more of them while the radius grows. Below: patches that one mask may reach, and the
-    schedule. White line: hidden truth.
+    columns: evaluations at most, evenly spread. White line: hidden truth. Below: patches that one mask may reach, and
+    the schedule.
     """
     title = f"Growth of {label_of(experiment)}'s regions"
     moments = load_moments(folder_of(experiment, root)) if is_finished(experiment, root) else {}
@@ -85,7 +85,8 @@ def region_growth(experiment: Experiment, root: Path | None = None, images: int 
     tags, names = outputs["pool_tags"], common.classes_of(experiment.data)
     chosen = [index for index in range(len(tags)) if tags[index].any()][:images]
     labels = [1 + int(tags[index].int().argmax()) for index in chosen]  # the first class that each shows
-    steps, size = _while_growing(list(moments), recipe, columns), outputs["pool_truth"].shape[1:]
+    steps, size = list(moments), outputs["pool_truth"].shape[1:]
+    steps = [steps[at] for at in sorted({round(at) for at in np.linspace(0, len(steps) - 1, columns)})]
     patches = tuple(next(iter(moments.values()))["regions"].shape[2:])
     colours, rows = common.class_colours(len(names)), []
     for index, label in zip(chosen, labels, strict=True):
@@ -107,19 +108,6 @@ def region_growth(experiment: Experiment, root: Path | None = None, images: int 
             _outline(axes, outputs["pool_truth"][index] == label)
     _schedule(figure.axes[-1], moments, recipe, patches)
     return figure
-
-
-def _while_growing(steps: list[int], recipe: TagRecipe, most: int) -> list[int]:
-    """Up to `most` steps: two thirds of them, as far as there are, up to the end of the ramp, then to the last."""
-    end = recipe.method.gate_to * recipe.steps
-    ramp = next((at for at, step in enumerate(steps) if step >= end), len(steps) - 1) + 1
-    late = min(len(steps) - ramp, max(most - ramp, most // 3))
-    return _spread(steps[:ramp], most - late) + _spread(steps[ramp:][::-1], late)[::-1]
-
-
-def _spread(items: list, count: int) -> list:
-    """Up to `count` items, evenly spread, the first among them."""
-    return [items[at * len(items) // count] for at in range(count)] if count < len(items) else items
 
 
 def _outline(axes: Axes, inside: Tensor) -> None:
@@ -187,13 +175,8 @@ def threshold_curves(
                       markeredgecolor=style.INK)  # fmt: skip
             label += f": best {100 * mean[best]:.1f} % at {at[best]:.2f}"
         common.curve(axes, at, runs or np.full(len(at), math.nan), label, markevery=10, **looks)
-    betas: dict[float, dict[str, None]] = {}
-    for item in experiments:
-        betas.setdefault(resolve(item).beta, {})[label_of(item)] = None
-    sides = {min(betas): "right", max(betas): "left"} if len(betas) > 1 else {}  # names beside one another
-    for beta, names in betas.items():
-        whose = f" ({', '.join(names)})" if len(betas) > 1 else ""
-        common.mark(axes, beta, f"beta = {beta:g}{whose}", "--", sides.get(beta, "center"))
+    for beta in sorted({resolve(item).beta for item in experiments}):
+        common.mark(axes, beta, f"beta = {beta:g}", "--")
     axes.set(xlabel="background threshold", ylabel="CAM mIoU (%), test images", xlim=(0, 1), ylim=(0, None))
     common.percent(axes.yaxis)
     common.outside_legend(figure, axes, columns=2)
