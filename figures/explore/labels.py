@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace as Seen
 
 import ipywidgets as widgets
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from figures import style
 from figures.calibration import Margins, Predictions, read_margins, short_label
 from figures.explore import panel
-from figures.explore.panel import Explorer, Missing, Numbers
+from figures.explore.panel import Explorer, Missing, Numbers, Seen
 from figures.style import label_of, where
 from repro.data import splits
 from repro.data.augment import Views

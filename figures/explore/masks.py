@@ -7,7 +7,6 @@ in training mode, on augmented crops.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace as Seen
 
 import ipywidgets as widgets
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from figures.common import class_colours, classes_of
 from figures.explore import panel
-from figures.explore.panel import RIGHT, UNKNOWN, WRONG, Explorer, Missing, Numbers
+from figures.explore.panel import RIGHT, UNKNOWN, WRONG, Explorer, Missing, Numbers, Seen
 from figures.plane import CERTAIN, SHOWN, SMALLEST, TICKS, Moment
 from figures.style import INK, label_of, where
 from repro.experiment import Experiment, resolve

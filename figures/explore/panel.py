@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ipywidgets as widgets
@@ -31,13 +32,15 @@ from repro.runs import is_finished
 
 RIGHT, WRONG, UNKNOWN = (1, 115, 178), (213, 94, 0), (130, 130, 130)  # uint8 colours of labels
 
+Seen = SimpleNamespace  # what `compute` of an explorer returns; its docstring lists the names
+
 
 class Missing(Exception):
     """A finished run lacks what an explorer reads; the message names it and completes "keeps no ..."."""
 
 
 class Numbers(NamedTuple):
-    """What a position shows in figures: a heading, and rows of cells under columns; "> " marks the bold rows."""
+    """The numbers of a position: a heading, and rows of cells under columns; a row that starts with "> " is bold."""
 
     heading: str
     columns: Sequence[str]
@@ -62,13 +65,13 @@ class Numbers(NamedTuple):
 
 class Explorer:
     """A finished run, and how its positions are computed, written and drawn. A subclass reads the run in `__init__`,
-    raises Missing for one that lacks something, and has
+    where it raises Missing for one that lacks something, and has
 
-    title, words: the run; what the picture shows, for those who do not see it
-    controls(): new widgets at the starting position by name, the arguments of `compute`
-    compute(**position): all that a position shows; it depends on the run and its arguments only
-    numbers(seen), draw(axes, seen): what `compute` returned as Numbers, and drawn into the axes of the layout
-    layout(figure): axes, with what is the same at every position
+    title: names the run. words: describe the picture for those who do not see it.
+    controls(): new widgets at the starting position by name; the names are the arguments of `compute`.
+    compute(**position): all that a position shows. It depends only on the run and on its arguments.
+    numbers(seen): what `compute` returned, as Numbers. draw(axes, seen): draws it into the axes of the layout.
+    layout(figure): axes, with what is the same at every position.
     """
 
     about = ""  # title of the figure that explains why there is nothing to explore
@@ -270,7 +273,7 @@ class Thumb(NamedTuple):
 
 
 def thumbnails(axes: Axes, title: str, thumbs: Sequence[Thumb], rows: int = 1, columns: int = 12) -> None:
-    """Images in rows, framed in the colour of right or wrong labels, one image of all since many take long."""
+    """Images in rows, framed in the colour of right or wrong labels. One large image is drawn, since many take long."""
     axes.set_title(title, fontsize=9, loc="left", pad=2)
     if not thumbs:
         return

@@ -8,7 +8,6 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace as Seen
 from typing import NamedTuple
 
 import ipywidgets as widgets
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from figures.common import class_colours, classes_of
 from figures.explore import panel
-from figures.explore.panel import RIGHT, UNKNOWN, WRONG, Explorer, Missing, Numbers
+from figures.explore.panel import RIGHT, UNKNOWN, WRONG, Explorer, Missing, Numbers, Seen
 from figures.style import label_of, where
 from repro.data.augment import normalise
 from repro.data.mask_views import IMAGENET_MEAN, IMAGENET_STD, PADDING, hide

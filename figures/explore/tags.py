@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace as Seen
 from typing import Any
 
 import ipywidgets as widgets
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from figures.common import class_colours, classes_of
 from figures.explore import panel
-from figures.explore.panel import Explorer, Missing, Numbers
+from figures.explore.panel import Explorer, Missing, Numbers, Seen
 from figures.style import label_of, style_of, where
 from repro.cam import cam_labels, min_max, over_activation, widened
 from repro.data.masks import IGNORE
