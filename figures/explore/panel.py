@@ -149,7 +149,8 @@ def position(controls: dict[str, widgets.Widget]) -> dict[str, Any]:
 @themed
 def still(explorer: Explorer) -> Figure:
     """The explorer at its starting position as a figure, its numbers below the picture."""
-    start = position(explorer.controls())
+    controls = {name: one for name, one in explorer.controls().items() if not isinstance(one, widgets.Box)}
+    start = position(controls)  # without the stroke that a pencil would add
     seen = [explorer.compute(**start | change) for change in explorer.stills()]
     texts = [explorer.numbers(one).text() for one in seen]
     (wide, high), head = explorer.size, 0.35

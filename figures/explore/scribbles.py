@@ -119,9 +119,6 @@ class Proposals(Explorer):
         high, wide = self.truth.shape[1:]
         self.size = (9.0, 0.75 + 2 * (0.25 + 2.2 * high / max(high, wide)))
 
-    def stills(self) -> list[dict]:
-        return [{"drawn": None}]  # without the stroke that is not yet added
-
     def controls(self) -> dict[str, widgets.Widget]:
         """At the first image with the run's own scribble, under the run's stage A, started as its first one was."""
         own, (high, wide) = self.solver, self.truth.shape[1:]
