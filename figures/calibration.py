@@ -21,8 +21,7 @@ from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS, Column, Table, place
 from repro.measure import calibration
 from repro.measure.metrics import METRICS
-from repro.methods.few_labels.calibratemix import CalibrateMixSettings
-from repro.methods.few_labels.pairing import halves
+from repro.methods.few_labels.calibratemix import CalibrateMixSettings, halves
 from repro.runs import folder_of, is_finished, load_outputs
 
 HALVES = {"hard": style.ORANGE, "easy": style.BLUE}

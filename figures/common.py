@@ -21,8 +21,8 @@ from figures import style
 from figures.claims import statistic
 from figures.style import INK, Drawing, by_seed, label_of, message, say, start, style_of, themed, where
 from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, published_grid, shared_seeds, summarise
+from repro.data.folders import MASK_SOURCES
 from repro.data.masks import IGNORE, palette
-from repro.data.masks_sources import MASK_SOURCES
 from repro.data.scenes import DEFAULT
 from repro.experiment import Experiment
 from repro.grid import PAPERS, Column, Row, Table, place

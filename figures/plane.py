@@ -24,7 +24,7 @@ from figures.common import class_colours, classes_of, image_grid, image_panel, o
 from figures.style import label_of, start, themed, where
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
-from repro.methods.few_masks.separation import Reliable, pixel_weights, reliable_statistics, separate
+from repro.methods.few_masks.csl import Reliable, pixel_weights, reliable_statistics, separate
 from repro.runs import folder_of, is_finished, load_moments, load_outputs
 from repro.settings import SettingError
 

@@ -15,7 +15,7 @@ from figures.style import label_of, message, themed, where
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
 from repro.grid import EMBEDDED
-from repro.methods.scribbles.lengths import PUBLISHED
+from repro.methods.scribbles.common import PUBLISHED
 from repro.runs import folder_of, is_finished, load_outputs
 
 CEILING = "full"  # the method that sees masks: a level, whatever the scribbles' length

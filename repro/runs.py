@@ -7,14 +7,12 @@ A run folder holds `experiment.json` (what was asked), `history.jsonl`, `checkpo
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from repro.experiment import Experiment, record, resolve, run_id
@@ -32,6 +31,11 @@ from repro.recipe import Recipe
 from repro.settings import SettingError
 from repro.tasks import monitors
 from repro.train import CHECKPOINT, MOMENTS, Interrupted, seed_everything, train
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PACKAGES = ("torch", "numpy", "pandas", "datasets", "pyarrow", "scipy", "pillow", "safetensors")
 
@@ -157,8 +161,10 @@ def cost(history: History, recipe: Recipe, device: torch.device, wall: float) ->
     samples = sum(row["seconds"] * row["samples_per_second"] for row in rows)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-    else:
+    elif resource is not None:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        memory = math.nan
     return {
         "train_seconds": seconds,
         "wall_seconds": wall,
@@ -259,17 +265,18 @@ def _claim(folder: Path, saved: dict) -> None:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold the run folder against other processes; the lock dies with the process that holds it."""
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
+        lock.acquire()
+    except Timeout as error:
+        raise RunBusy(f"{folder} is being run by another process; wait for it or stop it") from error
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         raise OSError(f"cannot write in {folder} ({error}); name another folder: --runs, or REPRO_RUNS") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunBusy(f"{folder} is being run by another process; wait for it or stop it") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -13,9 +13,8 @@ from figures.style import label_of, where
 from repro.cam import cam_labels, min_max, over_activation, widened
 from repro.experiment import Experiment, resolve
 from repro.measure.segmentation import confusion, iou
-from repro.methods.image_tags import losses
-from repro.methods.image_tags.maxima import region_masks
-from repro.methods.image_tags.regions import Pairs, Regions, by_class, candidates, gate, grow, shown_classes
+from repro.methods.image_tags import pcre as losses
+from repro.methods.image_tags.pcre import Pairs, Regions, by_class, candidates, gate, grow, region_masks, shown_classes
 from repro.recipe import TagRecipe
 from repro.runs import folder_of, load_outputs
 

@@ -51,7 +51,7 @@ from figures.plane import class_colours
 from figures.style import INK
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
-from repro.methods.scribbles.lengths import PUBLISHED
+from repro.methods.scribbles.common import PUBLISHED
 from repro.runs import folder_of, load_outputs
 
 TITLE = "What the solver makes of a scribble"

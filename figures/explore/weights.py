@@ -25,7 +25,7 @@ from figures.explore.reliability import Plane
 from figures.plane import CERTAIN, SHOWN, SMALLEST, TICKS, Moment, class_colours, classes_of
 from figures.style import INK, label_of, where
 from repro.experiment import Experiment, resolve
-from repro.methods.few_masks.separation import FEATURES, Reliable, pixel_weights
+from repro.methods.few_masks.csl import FEATURES, Reliable, pixel_weights
 from repro.runs import folder_of, load_moments, load_outputs
 
 SELECTIONS = {"gaussian": "CSL, Gaussian", "hard": "CSL, 0 or 1", "threshold": "threshold"}

@@ -1,16 +1,19 @@
-"""Batches: the notebook of every planned run, executed once each, by Snakemake or by this process.
+"""Many runs: each planned run is executed once, as a notebook, by a local pool of processes or by Snakemake.
 
-Both engines start the same command for a run, so they give the same results; Snakemake also takes the
-batch to Slurm or Kubernetes. A finished run is never repeated, a half-trained one continues, a failed one stops no
-other. What became of a run is read from its folder alone.
+Both start the same command for a run (`python -m repro.batch.once`), so they give the same results. Snakemake also
+takes the batch to Slurm or Kubernetes: `profiles/` holds a profile for each, and a folder of one's own may take their
+place. A finished run is never repeated, a half-trained one continues, a failed one stops no other. What became of a run
+is read from its folder alone.
 """
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,26 +21,30 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from repro import runs
-from repro.batch import once, snakemake
-from repro.batch.local import clock, default_workers, title
+from repro.batch import once
 from repro.batch.once import CLASSES, RETRIED, Failure
 from repro.batch.plan import STALE, Planned
+from repro.batch.progress import BatchBar, clock, title
 from repro.experiment import Experiment, record
-from repro.files import CorruptFile, read_json
-from repro.grid import PAPERS
+from repro.files import CorruptFile, read_json, write_json
 from repro.measure.metrics import sentence
+from repro.papers import SPECS
 from repro.settings import SettingError, unknown
 
-ENGINES = ("auto", "sequential", "snakemake")
-LOCK, REPLACED = ".batch.lock", "replaced"
+HERE = Path(__file__).parent
+PROFILES = HERE / "profiles"
+ENGINES = ("auto", "local", "snakemake")
+LOCK, HOLDER, REPLACED, BATCH = ".batch.lock", ".batch.holder", "replaced", ".batch"
+POLL = 0.5  # seconds between two looks at the running runs
 
 
 @dataclass
@@ -71,7 +78,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to execute, and the command that does it, without the number of the attempt."""
+    """One run to execute, and the command that does it, without the number of the attempt. seconds: expected."""
 
     experiment: Experiment
     folder: Path
@@ -79,53 +86,51 @@ class Job:
     seconds: float
 
 
-def rerun(
+def execute(
     planned: Sequence[Planned], root: Path | None = None, *, engine: str = "auto", workers: int = 0,
     device: str = "auto", retries: int = 1, time_limit: float | None = None, profile: str | None = None,
-    data_root: Path | None = None, notebooks: Path = once.NOTEBOOKS,
+    data_root: Path | None = None, notebook: Path = once.NOTEBOOK_OF_A_RUN,
 ) -> Summary:  # fmt: skip
     """Execute every planned run that is not finished, and print what became of it.
 
     planned: of `plan.plan`; its `stale` runs are executed anew, their former folder goes to `replaced/`.
-    engine: `sequential`, `snakemake`, or `auto`: Snakemake where it is installed.
-    workers: runs at a time; 0: one a CPU core or a GPU, or what the profile says.
+    engine: `local` (a pool of processes), `snakemake`, or `auto`: Snakemake where it is installed.
+    workers: runs at a time; 0: one a CPU core or a GPU, or what the profile states.
     retries: further attempts after a failure that may pass (`once.RETRIED`). time_limit: seconds of one attempt.
     profile: `slurm`, `kubernetes`, or a folder with a Snakemake profile; without one, runs stay on this machine.
     Raises SettingError, RunBusy (a batch is busy in this folder), OSError (the folder cannot be written) before
     anything runs, and KeyboardInterrupt after running ones have saved a checkpoint.
     """
-    engine = _checked(engine, workers, retries, time_limit, profile)
-    _check_notebooks(planned, notebooks)
+    engine = _checked(engine, workers, retries, time_limit, profile, notebook)
     gpus = visible_gpus(device) if profile is None else []
     workers = workers or (0 if profile else len(gpus) or default_workers(device))
     root = Path(root or runs.runs_folder()).resolve()
     with alone(root):
         summary = Summary()
-        how = _arguments(root, device, gpus, time_limit, data_root, notebooks)
-        jobs = [_job(item, root, how) for item in _sort(planned, root, summary)]
-        report = _Report(summary, len(jobs))
+        how = _arguments(root, device, gpus, time_limit, data_root, notebook)
+        jobs = ordered(_job(item, root, how) for item in _unfinished(planned, root, summary))
         if jobs:
-            print(_opening(jobs, summary, workers, engine, profile), flush=True)
-            with _sigterm_interrupts():
-                if engine == "sequential":
-                    _sequential(jobs, workers, retries, report)
+            print(_opening(jobs, summary, workers, profile), flush=True)
+            with _sigterm_interrupts(), BatchBar([(job.experiment, job.folder, job.seconds) for job in jobs]) as bar:
+                report = _Report(summary, len(jobs), bar)
+                if engine == "local":
+                    _in_pool(jobs, workers, retries, report)
                 else:
                     on_gpu = device.startswith("cuda") or any(job.experiment.scale == "paper" for job in jobs)
-                    snakemake.execute(
-                        jobs, root, workers, retries, report.ended, profile=profile, gpu=on_gpu,
-                        threads=1 if profile else threads_of(workers), time_limit=time_limit,
-                    )  # fmt: skip
+                    _by_snakemake(jobs, root, workers, retries, report, profile, on_gpu, time_limit)
     print(summary, flush=True)
     return summary
 
 
-def _checked(engine: str, workers: int, retries: int, time_limit: float | None, profile: str | None) -> str:
+def _checked(
+    engine: str, workers: int, retries: int, time_limit: float | None, profile: str | None, notebook: Path
+) -> str:
     """The engine that `auto` stands for; SettingError for what cannot be."""
     installed = importlib.util.find_spec("snakemake") is not None
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
-    if profile and engine == "sequential":
-        raise SettingError(f"profile {profile!r} needs Snakemake; leave out --engine sequential")
+    if profile and engine == "local":
+        raise SettingError(f"profile {profile!r} needs Snakemake; leave out --engine local")
     if not installed and (profile or engine == "snakemake"):
         raise SettingError("Snakemake is not installed; pip install -c constraints.txt -e '.[batch]', or leave it out")
     for name, value in (("workers", workers), ("retries", retries)):
@@ -134,14 +139,22 @@ def _checked(engine: str, workers: int, retries: int, time_limit: float | None, 
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise SettingError(f"time_limit is {time_limit!r}; it must be a number of seconds above 0, or None")
     if profile:
-        snakemake.profile_folder(profile)
-    return ("snakemake" if installed else "sequential") if engine == "auto" else engine
+        profile_folder(profile)
+    if not notebook.exists():
+        raise SettingError(f"there is no {notebook}; batches need a checkout of the repository")
+    return ("snakemake" if installed else "local") if engine == "auto" else engine
 
 
-def _check_notebooks(planned: Sequence[Planned], notebooks: Path) -> None:
-    for paper in sorted({item.experiment.paper for item in planned}):
-        if not (notebooks / f"{paper}.ipynb").exists():
-            raise SettingError(f"{notebooks} has no {paper}.ipynb; batches need a checkout of the repository")
+def default_workers(device: str = "auto") -> int:
+    """One run a CPU core, since a `mini` run uses one thread; one run at a time on a CUDA device."""
+    return 1 if runs.choose_device(device).type == "cuda" else runs.cores()
+
+
+def ordered(jobs: Iterable[Job]) -> list[Job]:
+    """The quickest job, so that a first result comes soon, then the longest first, so that none is left alone."""
+    longest = sorted(jobs, key=lambda job: -job.seconds)
+    quickest = min(longest, key=lambda job: job.seconds, default=None)
+    return [quickest, *(job for job in longest if job is not quickest)] if longest else []
 
 
 def visible_gpus(device: str) -> list[str]:
@@ -160,35 +173,28 @@ def alone(root: Path) -> Iterator[None]:
 
     Raises RunBusy naming the process that holds it, OSError when nothing can be written here.
     """
+    holder = root / HOLDER
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file = (root / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(root, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise runs.RunBusy(
-                f"{root} is being rerun by {file.read().strip() or 'another process'}; "
-                f"wait for it, stop it, or name another folder: --runs"
-            ) from error
-        try:
-            file.truncate(0)
+        with FileLock(root / LOCK, timeout=0):
             since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-            file.flush()
-        except OSError as error:
-            raise _unwritable(root, error) from error
-        yield
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
+            yield
+    except Timeout as error:
+        name = ""
+        with contextlib.suppress(OSError):
+            name = holder.read_text(encoding="utf-8").strip()
+        raise runs.RunBusy(
+            f"{root} is being rerun by {name or 'another process'}; "
+            f"wait for it, stop it, or name another folder: --runs"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"cannot write in {root} ({error}); free space there, or name another folder: --runs, or REPRO_RUNS"
+        ) from error
 
 
-def _unwritable(root: Path, error: OSError) -> OSError:
-    return OSError(f"cannot write in {root} ({error}); free space there, or name another folder: --runs, or REPRO_RUNS")
-
-
-def _sort(planned: Sequence[Planned], root: Path, summary: Summary) -> list[Planned]:
+def _unfinished(planned: Sequence[Planned], root: Path, summary: Summary) -> list[Planned]:
     """What is to run. Finished runs go to the summary, those whose files were edited as failures."""
     todo = []
     for item in {item.run: item for item in planned}.values():
@@ -229,9 +235,9 @@ def _set_aside(folder: Path, replaced: Path) -> None:
     os.replace(folder, replaced / f"{folder.name}-{number}")
 
 
-def _arguments(root, device, gpus, time_limit, data_root, notebooks) -> list[str]:
+def _arguments(root, device, gpus, time_limit, data_root, notebook) -> list[str]:
     """The part of the command that all runs of a batch share."""
-    arguments = ["--runs", str(root), "--device", device, "--notebooks", str(Path(notebooks).resolve())]
+    arguments = ["--runs", str(root), "--device", device, "--notebook", str(Path(notebook).resolve())]
     arguments += ["--gpus", ",".join(gpus)] if gpus else []
     arguments += ["--time-limit", str(time_limit)] if time_limit else []
     return arguments + (["--data-root", str(Path(data_root).resolve())] if data_root else [])
@@ -242,27 +248,29 @@ def _job(item: Planned, root: Path, how: Sequence[str]) -> Job:
     return Job(item.experiment, root / item.run, ("--record", asked, "--run", item.run, *how), item.seconds or 0.0)
 
 
-def _opening(jobs: Sequence[Job], summary: Summary, workers: int, engine: str, profile: str | None) -> str:
+def _opening(jobs: Sequence[Job], summary: Summary, workers: int, profile: str | None) -> str:
     total = sum(job.seconds for job in jobs)
-    at_a_time = f"; {workers} at a time" * bool(workers)
-    time_needed = f"; training takes about {clock(total / max(1, min(workers, len(jobs))))}" * bool(workers and total)
-    by = f"{engine}{f', profile {profile}' * bool(profile)}"
-    return f"{len(jobs)} runs to do, {len(summary.skipped)} finished before{at_a_time}{time_needed} ({by})"
+    text = f"{len(jobs)} runs to do, {len(summary.skipped)} finished before"
+    if workers:
+        text += f"; {workers} at a time" if workers > 1 else "; one at a time"
+    if workers and total:
+        seconds = max(max(job.seconds for job in jobs), total / min(workers, len(jobs)))
+        text += f"; about {clock(seconds)} from what earlier runs took"
+    return text + (f"; profile {profile}" if profile else "")
 
 
 class _Report:
     """Prints a line as each run ends, and enters it in the summary."""
 
-    def __init__(self, summary: Summary, total: int) -> None:
-        self.summary, self.total, self.done, self.started = summary, total, 0, time.monotonic()
+    def __init__(self, summary: Summary, total: int, bar: BatchBar) -> None:
+        self.summary, self.total, self.bar, self.done, self.started = summary, total, bar, 0, time.monotonic()
 
     def ended(self, job: Job, failure: Failure | None) -> None:
         self.done += 1
         if failure is None:
             metrics = runs.load_metrics(job.folder)
-            headlines = PAPERS[job.experiment.paper].HEADLINES
-            numbers, seconds = sentence(metrics["reported"]["last"]["ema"], headlines), metrics["cost"]["train_seconds"]
-            said = f"{numbers}, {seconds:.0f} s"
+            numbers = sentence(metrics["reported"]["last"]["ema"], SPECS[job.experiment.paper].headlines)
+            said = f"{numbers}, {metrics['cost']['train_seconds']:.0f} s"
             self.summary.finished.append(job.experiment)
             if (job.folder / once.FAILED).exists():
                 self.summary.notes.append((job.experiment, f"trained; its notebook stopped: {once.FAILED}"))
@@ -270,7 +278,8 @@ class _Report:
             said = f"FAILED, {failure.kind}: {_last_line(failure.message)}"
             self.summary.failed.append((job.experiment, failure.kind, failure.message))
         spent = clock(time.monotonic() - self.started)
-        print(f"[{spent}] {self.done} of {self.total}: {title(job.experiment)}: {said}", flush=True)
+        self.bar.write(f"[{spent}] {self.done} of {self.total}: {title(job.experiment)}: {said}")
+        self.bar.ended(job.folder)
 
 
 def _last_line(text: str) -> str:
@@ -301,19 +310,21 @@ def threads_of(workers: int) -> int:
     return int(chosen) if chosen.isdigit() and int(chosen) else max(1, runs.cores() // workers)
 
 
-# The plain engine
+# The local pool
 
 
-def _sequential(jobs: Sequence[Job], workers: int, retries: int, report: _Report) -> None:
-    """Run the jobs, `workers` at a time, in processes of their own."""
+def _in_pool(jobs: Sequence[Job], workers: int, retries: int, report: _Report) -> None:
+    """Run the jobs in order, `workers` at a time, in processes of their own."""
     stop, running = threading.Event(), set()
     here = [sys.executable, "-m", "repro.batch.once", "--parent", str(os.getpid())]
     here += ["--threads", str(threads_of(workers))]
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(_attempts, job, here, retries, stop, running): job for job in jobs}
         try:
-            for future in as_completed(waiting):
-                report.ended(waiting[future], future.result())
+            while waiting:
+                for future in wait(waiting, timeout=POLL, return_when=FIRST_COMPLETED).done:
+                    report.ended(waiting.pop(future), future.result())
+                report.bar.look()
         except BaseException:
             stop.set()
             for process in list(running):
@@ -358,4 +369,119 @@ def _outcome(job: Job, status: int, printed: str, attempt: int, told: bool, oom:
     return failure
 
 
-__all__ = ["ENGINES", "Job", "Summary", "alone", "rerun", "visible_gpus"]
+# Snakemake
+
+
+def _by_snakemake(
+    jobs: Sequence[Job], root: Path, workers: int, retries: int, report: _Report, profile: str | None, gpu: bool,
+    time_limit: float | None,
+) -> None:  # fmt: skip
+    """Run the jobs as a rule of `Snakefile`, here or where a profile states.
+
+    workers: runs at a time, 0 for what the profile states. gpu: whether a run asks a cluster for one. time_limit:
+    seconds, to which a cluster adds a margin. Raises OSError when Snakemake itself fails.
+    """
+    plan, threads = root / BATCH / "plan.json", 1 if profile else threads_of(workers)
+    resources: dict[str, int] = {"gpu": 1} if gpu and profile else {}
+    if time_limit:
+        resources["runtime"] = math.ceil(time_limit / 60) + 5
+    write_json(plan, {
+        "batch": os.getpid(), "threads": threads, "retries": retries, "resources": resources,
+        "commands": {job.folder.name: shlex.join(job.command) for job in jobs},
+    })  # fmt: skip
+    shutil.copy(HERE / "Snakefile", plan.with_name("Snakefile"))  # where jobs on other machines can read it
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", str(plan.with_name("Snakefile")), "--directory", str(root),
+        "--config", f"plan={plan}", "--nocolor", "--keep-going", "--scheduler", "greedy",
+        # Our own lock dies with its process, and metrics.json is whole or absent: what a kill leaves is no obstacle.
+        "--nolock", "--ignore-incomplete", "--keep-incomplete", "--rerun-triggers", "mtime",
+        *_where(profile, workers, threads),
+    ]  # fmt: skip
+    log = plan.with_name("snakemake.log")
+    before = {job.folder: once.failed_at(job.folder) for job in jobs}
+    waiting, failures = list(jobs), []
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL)
+                for job in [job for job in waiting if _is_over(job.folder, before[job.folder], retries)]:
+                    waiting.remove(job)
+                    failures.append(None if once.is_finished(job.folder) else once.read_failure(job.folder))
+                    report.ended(job, failures[-1])
+                report.bar.look()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+            process.wait()
+            raise
+    printed = log.read_text(encoding="utf-8", errors="replace")
+    of_jobs = failures_in_log(printed)
+    for job in waiting:
+        failures.append(_failure(job.folder, once.failed_at(job.folder) != before[job.folder], of_jobs, printed))
+        report.ended(job, failures[-1])
+    for job in jobs:
+        _drop_empty(job.folder / once.NOTEBOOK)
+    if process.returncode and not any(failures):
+        raise OSError(f"Snakemake ended with status {process.returncode}; see {log}")
+
+
+def _where(profile: str | None, workers: int, threads: int) -> list[str]:
+    if profile is None:
+        return ["--cores", str(workers * threads), "--latency-wait", "0"]
+    return ["--profile", str(profile_folder(profile)), *(["--jobs", str(workers)] if workers else [])]
+
+
+def profile_folder(profile: str) -> Path:
+    """The folder of a profile: one of this package's, by name, or any with a `config.yaml`. Raises SettingError."""
+    folder = PROFILES / profile if (PROFILES / profile / "config.yaml").exists() else Path(profile).resolve()
+    if not any((folder / name).exists() for name in ("config.yaml", "config.v9+.yaml")):
+        known = sorted(path.parent.name for path in PROFILES.glob("*/config.yaml"))
+        raise SettingError(f"profile {profile!r} is neither one of {', '.join(known)} nor a folder with config.yaml")
+    return folder
+
+
+def _drop_empty(log: Path) -> None:
+    """Remove the empty file that Snakemake puts where a log is missing."""
+    with contextlib.suppress(FileNotFoundError):
+        if not log.stat().st_size:
+            log.unlink()
+
+
+def _is_over(folder: Path, failed_before: int, retries: int) -> bool:
+    """Whether a run is finished and its notebook is drawn, or has failed and is not tried again."""
+    if once.is_finished(folder):
+        return not (folder / once.RUNNING).exists()
+    failure = once.read_failure(folder) if once.failed_at(folder) != failed_before else None
+    return failure is not None and (failure.kind not in once.RETRIED or failure.attempt > retries)
+
+
+def _failure(folder: Path, told: bool, of_jobs: Mapping[str, Failure], said: str) -> Failure | None:
+    """What became of a run when Snakemake has ended. told: whether the run itself wrote why it failed."""
+    if once.is_finished(folder):
+        once.settle(folder, None, whole=False)  # killed while it drew
+        return None
+    if told and (failure := once.read_failure(folder)):
+        return failure
+    failure = of_jobs.get(folder.name) or Failure("bug", f"Snakemake did not run it:\n{said.strip()[-2000:]}")
+    once.settle(folder, failure)
+    return failure
+
+
+STATES = {
+    "OUT_OF_MEMORY": "out of memory", "TIMEOUT": "time limit", "DEADLINE": "time limit", "PREEMPTED": "preempted",
+    "CANCELLED": "preempted", "NODE_FAIL": "dead kernel",
+}  # fmt: skip
+
+
+def failures_in_log(log: str) -> dict[str, Failure]:
+    """Run -> why Snakemake, or the cluster behind it, says that its job failed; of the last attempt."""
+    found = {}
+    for block in re.split(r"\n(?=Error in rule )", log)[1:]:
+        run = re.search(r"^    output: (.+)/metrics\.json", block, re.MULTILINE)
+        message = re.search(r"^    message: (.+)", block, re.MULTILINE)
+        if run:
+            text = message[1] if message else "its job ended without a word"
+            state = re.search(r"status is: '?([A-Z_]+)", text)
+            found[Path(run[1]).name] = Failure(STATES.get(state[1] if state else "", "dead kernel"), text)
+    return found

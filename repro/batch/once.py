@@ -1,19 +1,17 @@
-"""One run as its paper's notebook: papermill executes it in a kernel of its own.
+"""One run as a notebook: papermill executes `notebooks/run.ipynb` in a kernel of its own.
 
-`python -m repro.batch.once --record {...}`.
-
-This is the command of a batch's jobs, on every engine. A run succeeds exactly when its own
-`metrics.json` is there: what papermill writes into a notebook says nothing, not even that its kernel lived. A run
+This is the command of a batch's jobs, whatever starts them; for one run by hand there is `python -m repro run`. A run
+succeeded if and only if its `metrics.json` exists: the notebook can look complete although its kernel died. A run
 leaves `notebook.ipynb`; one that failed leaves `failed.ipynb`, as far as it came, and `failure.json` with its class.
 
-Nothing here needs torch, since the kernel loads it anyway: a record that a batch has checked starts a second sooner.
+The batch has checked the record, so that nothing here needs torch, which the kernel loads anyway.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -25,13 +23,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+
+from filelock import FileLock, Timeout
 
 CLASSES = {"bug": 1, "bad input": 2, "dead kernel": 70, "out of memory": 71, "time limit": 124, "preempted": 143}
 RETRIED = ("dead kernel", "out of memory", "preempted")
 NOTEBOOK, RUNNING, FAILED, FAILURE = "notebook.ipynb", "running.ipynb", "failed.ipynb", "failure.json"
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-ALONE = {"beside": "", "train_base": False}  # of the notebooks that can train a second run to draw beside the first
+NOTEBOOK_OF_A_RUN = Path(__file__).resolve().parents[2] / "notebooks" / "run.ipynb"
 GRACE = 15.0  # seconds in which a run may save its checkpoint; Slurm and Kubernetes give 30 between TERM and KILL
 TAIL = 20
 
@@ -54,30 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.parent:
         end_with(options.parent, os.getpid(), signal.SIGTERM)
-    run, root = options.run, options.runs
-    if run is None or root is None:
-        from repro import runs
-        from repro.experiment import from_record, run_id
-        from repro.settings import SettingError
-
-        try:
-            run = run_id(from_record({"experiment": json.loads(options.record)}))
-        except (SettingError, json.JSONDecodeError) as error:
-            print(f"repro: {error}", file=sys.stderr)
-            return CLASSES["bad input"]
-        root = root or runs.runs_folder()
     if options.threads:
         os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
-    folder = Path(root).resolve() / run
+    folder = options.runs.resolve() / options.run
     failure = execute(
         json.loads(options.record), folder, data_root=options.data_root, device=options.device,
         gpus=[name for name in options.gpus.split(",") if name], time_limit=options.time_limit,
-        attempt=options.attempt, notebooks=options.notebooks,
+        attempt=options.attempt, notebook=options.notebook,
     )  # fmt: skip
     for file, copy in (("metrics.json", options.output), (NOTEBOOK, options.log)):
         _copy(folder / file, copy)
     if failure is not None:
-        print(f"repro: {run}: {failure.kind} (attempt {options.attempt}): {failure.message}", file=sys.stderr)
+        print(f"repro: {options.run}: {failure.kind} (attempt {options.attempt}): {failure.message}", file=sys.stderr)
         return CLASSES[failure.kind]
     print(f"{folder}")
     return 0
@@ -87,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line of one run."""
     top = argparse.ArgumentParser(prog="python -m repro.batch.once", description=__doc__.partition("\n")[0])
     top.add_argument("--record", required=True, help="the experiment as one JSON object")
-    top.add_argument("--run", help="its run id, from a batch that has checked the record")
-    top.add_argument("--runs", type=Path, help="folder of runs (default: REPRO_RUNS, else runs/ beside the package)")
+    top.add_argument("--run", required=True, help="its run id")
+    top.add_argument("--runs", type=Path, required=True, help="folder of runs")
     top.add_argument("--data-root", type=Path, help="folder of local data sets (default: REPRO_DATA, then the hub)")
     top.add_argument("--device", default="auto")
     top.add_argument("--gpus", default="", help="CUDA devices, as in CUDA_VISIBLE_DEVICES: one that is free is taken")
@@ -100,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, help="where metrics.json is to be as well, for a machine without its folder"
     )
     top.add_argument("--log", type=Path, help="where notebook.ipynb is to be as well")
-    top.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the papers' notebooks")
+    top.add_argument("--notebook", type=Path, default=NOTEBOOK_OF_A_RUN, help="what is executed")
     return top
 
 
@@ -112,9 +98,9 @@ def _copy(file: Path, to: Path | None) -> None:
 
 def execute(
     record: dict, folder: Path, *, data_root: Path | None = None, device: str = "auto", gpus: Sequence[str] = (),
-    time_limit: float | None = None, attempt: int = 1, notebooks: Path = NOTEBOOKS,
+    time_limit: float | None = None, attempt: int = 1, notebook: Path = NOTEBOOK_OF_A_RUN,
 ) -> Failure | None:  # fmt: skip
-    """Execute the notebook of `record["paper"]` for a record that was checked; None when the run has its metrics.
+    """Execute the notebook for a record that was checked; None when the run has its metrics.
 
     folder: the run folder. gpus: CUDA devices to take one of, none to leave the choice to the notebook.
     attempt: above 1 the run is left alone if it failed before in a way that another attempt cannot change.
@@ -131,7 +117,7 @@ def execute(
                 os.environ["CUDA_VISIBLE_DEVICES"], device = gpu, "cuda"
             parameters = record | {"runs_root": str(folder.parent), "device": device}
             parameters["data_root"] = str(data_root) if data_root else None
-            _papermill(notebooks / f"{record['paper']}.ipynb", folder, parameters, watch)
+            _papermill(notebook, folder, parameters, watch)
     except BaseException as caught:
         error = caught
     finally:
@@ -265,32 +251,39 @@ class Watch:
     def __init__(self, time_limit: float | None = None) -> None:
         self.reason: str | None = None
         self.kernel: int | None = None
-        self.deadline = 0.0
-        self.former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-        signal.signal(signal.SIGALRM, self._on_alarm)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.deadline = math.inf
+        self.limit = time.monotonic() + time_limit if time_limit else math.inf
+        self.closed = threading.Event()
+        self.former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in self.former:
             signal.signal(number, lambda *_: self.stop("preempted"))
-        if time_limit:
-            signal.setitimer(signal.ITIMER_REAL, time_limit)
+        threading.Thread(target=self._look, daemon=True).start()
 
     def stop(self, reason: str) -> None:
         """Interrupt the kernel; without one, raise Stopped."""
         if self.reason is None:
             self.reason, self.deadline = reason, time.monotonic() + GRACE
-            signal.setitimer(signal.ITIMER_REAL, 3, 3)  # a kernel between two cells ignores an interrupt
         if self.kernel is None:
-            raise Stopped(reason)
+            raise Stopped(self.reason)
         _signal(self.kernel, signal.SIGINT)
 
-    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is None or self.kernel is None:
-            self.stop(self.reason or "time limit")
-        else:
-            _signal(self.kernel, signal.SIGINT if time.monotonic() < self.deadline else signal.SIGKILL)
+    def _look(self) -> None:
+        """Notice the time limit; interrupt again, since a kernel between two cells ignores it; kill in the end."""
+        again = 0.0
+        while not self.closed.wait(0.1):
+            now = time.monotonic()
+            if self.reason is None and now > self.limit:
+                self.reason, self.deadline = "time limit", now + GRACE
+                _signal(os.getpid(), signal.SIGTERM)  # the main thread may have to raise
+            elif self.kernel is not None and now > self.deadline:
+                _signal(self.kernel, getattr(signal, "SIGKILL", signal.SIGTERM))
+            elif self.kernel is not None and self.reason and now > again:
+                again = now + 3
+                _signal(self.kernel, signal.SIGINT)
 
     def close(self) -> None:
         """Give the signals back."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.closed.set()
         for number, handler in self.former.items():
             signal.signal(number, handler)
 
@@ -315,7 +308,7 @@ def _signal(pid: int, number: int) -> None:
 
 
 def _papermill(notebook: Path, folder: Path, parameters: dict, watch: Watch) -> None:
-    """Execute a notebook into `running.ipynb`; parameters that it does not have are left out only if it never did."""
+    """Execute a notebook into `running.ipynb`."""
     sys.modules.setdefault("rfc3987_syntax", None)  # the check of a format that no notebook has; a second of import
     import papermill
     from papermill.clientwrap import PapermillNotebookClient
@@ -326,7 +319,8 @@ def _papermill(notebook: Path, folder: Path, parameters: dict, watch: Watch) -> 
 
         def create_kernel_manager(self):
             manager = super().create_kernel_manager()
-            manager.transport = "ipc"  # kernels that start at once may draw the same TCP ports
+            if os.name == "posix":
+                manager.transport = "ipc"  # kernels that start at once may draw the same TCP ports
             manager.connection_file = str(sockets / "kernel.json")
             return manager
 
@@ -345,8 +339,6 @@ def _papermill(notebook: Path, folder: Path, parameters: dict, watch: Watch) -> 
             Client(nb_man, kernel_name=kernel_name, startup_timeout=120, iopub_timeout=60).execute()
 
     papermill_engines.register("watched", Watched)
-    known = papermill.inspect_notebook(str(notebook))
-    parameters = parameters | {name: value for name, value in ALONE.items() if name in known}
     os.environ["REPRO_PROGRESS"] = "0"
     with tempfile.TemporaryDirectory(prefix="repro-") as short:  # a socket's path is 107 characters at most
         sockets = Path(short)
@@ -359,18 +351,10 @@ def _wait_until_free(folder: Path, seconds: float = 15.0) -> None:
     """Return when no other process has the run's lock. A kernel that outlived its batch is gone after a second."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=seconds, poll_interval=0.2):
+            return  # after a time-out the notebook names who is busy with what
     except OSError as error:
         raise OSError(f"cannot write in {folder} ({error}); name another folder: --runs, or REPRO_RUNS") from error
-    end = time.monotonic() + seconds
-    with file:
-        while True:
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    return  # the notebook says who is busy with what
-                time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -383,15 +367,12 @@ def one_gpu(devices: Sequence[str], folder: Path | None = None) -> Iterator[str 
     if not devices:
         yield None
         return
-    folder = Path(folder or Path(tempfile.gettempdir()) / f"repro-gpus-{os.getuid()}")
+    user = getattr(os, "getuid", lambda: "user")()
+    folder = Path(folder or Path(tempfile.gettempdir()) / f"repro-gpus-{user}")
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         for name in devices:
-            with (folder / f"{name}.lock").open("a") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
+            with contextlib.suppress(Timeout), FileLock(folder / f"{name}.lock", timeout=0):
                 yield name
                 return
         time.sleep(0.2)

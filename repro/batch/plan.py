@@ -20,8 +20,8 @@ from typing import Any
 import pandas as pd
 
 from repro import runs
-from repro.batch import local
-from repro.batch.records import load_runs
+from repro.batch.progress import clock, title
+from repro.batch.records import COMMITTED_RUNS, load_runs
 from repro.experiment import Experiment, record, run_id
 from repro.files import CorruptFile, load_state, read_json
 from repro.grid import PAPERS, checked_seeds
@@ -35,6 +35,7 @@ FINISHED, STALE, HALF, CHANGED, MISSING, FAILED = STATES = (
 OTHER_CODE = "finished by other code"
 HERE, COMMITTED, GUESS = "runs in this folder", "committed runs of another machine", "guess"
 UNKNOWN = "unknown: no CUDA run of this method yet"
+UNKNOWN_SECONDS, TINY_SECONDS = 120.0, 5.0  # guesses for a method that was never run, for the estimate of time only
 
 
 # Which experiments
@@ -273,12 +274,12 @@ class Rates:
         same = [run for run in like if (run["asked"]["labels"], run["recipe"]) == (experiment.labels, recipe)]
         if same or like:
             return _scaled(same or like, recipe), HERE
-        committed = _committed(local.COMMITTED)
+        committed = _committed(COMMITTED_RUNS)
         cell = committed[(committed[list(names)] == [getattr(experiment, name) for name in names]).all(axis=1)]
         exact = cell[cell["overrides"] == json.dumps(dict(experiment.overrides))]
         if len(cell):
             return float((exact if len(exact) else cell)["train_seconds"].mean()), COMMITTED
-        return (local.TINY_SECONDS if experiment.scale == "tiny" else local.UNKNOWN_SECONDS), GUESS
+        return (TINY_SECONDS if experiment.scale == "tiny" else UNKNOWN_SECONDS), GUESS
 
 
 def _scaled(like: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], time: str = "seconds") -> float:
@@ -338,8 +339,8 @@ def as_text(planned: Sequence[Planned], workers: int = 1) -> str:
     """A plan as a table for people, a run a row, and its bill below."""
     lines = _row(dict(zip(WIDTHS, WIDTHS, strict=True)))
     for item in planned:
-        time = "" if not item.todo else "unknown" if item.seconds is None else local.clock(item.seconds)
-        cells = (time, item.reason, local.title(item.experiment), _who(item.wanted_by))
+        time = "" if not item.todo else "unknown" if item.seconds is None else clock(item.seconds)
+        cells = (time, item.reason, title(item.experiment), _who(item.wanted_by))
         lines += _row(dict(zip(WIDTHS, cells, strict=True)))
     return "\n".join([*lines, "", *bill_lines(bill(planned, workers), {item.experiment.scale for item in planned})])
 
@@ -363,7 +364,7 @@ def bill_lines(total: Bill, scales: Iterable[str]) -> list[str]:
                         for origin, count in total.rates.items() if origin != UNKNOWN)  # fmt: skip
     at_a_time = f"{total.workers} at a time" if total.workers > 1 else "one at a time"
     if origins:
-        lines.append(f"time: {local.clock(total.wall)}, {at_a_time} ({origins})")
+        lines.append(f"time: {clock(total.wall)}, {at_a_time} ({origins})")
     if "paper" in scales:
         hours = f"{total.seconds / 3600:.1f}" if total.seconds else ""
         lacking = f"{UNKNOWN} ({', '.join(total.unknown)})" if total.unknown else ""

@@ -13,6 +13,7 @@ from repro.experiment import Experiment, run_id
 from repro.files import atomic_path
 from repro.runs import is_finished
 
+COMMITTED_RUNS = Path(__file__).resolve().parents[2] / "figures" / "rendered" / "runs.csv"
 KEY = ["run", "rule", "weights"]
 OF_NUMBERS = ["status", "rule", "weights", "selected_on_test", "metric", "value"]
 
@@ -44,6 +45,12 @@ def load_runs(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=["run", "finished"], dtype=str)
     return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def committed_seeds(scale: str) -> int:
+    """How many seeds the committed results of a scale have; 0 without any."""
+    frame = load_runs(COMMITTED_RUNS)
+    return int(frame.loc[frame["scale"] == scale, "seed"].nunique()) if len(frame) else 0
 
 
 def lost(path: Path, experiments: Iterable[Experiment], root: Path) -> list[str]:

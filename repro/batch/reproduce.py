@@ -1,58 +1,50 @@
 """The main job: what runs, in what order, and what is written from it.
 
-Embedded data only, offline. The runs that `plan.select(main=True)` names, then tables, figures and the HTML report,
-then whether the numbers agree with the committed ones, and what was left out. A second call finds everything done; a
-killed one continues.
+Embedded data only, offline: the runs that `plan.select(main=True)` names, then tables, figures and the HTML report, and
+what was left out. A second call finds everything done; a killed one continues.
 """
 
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from figures import agreement, report
-from figures.claims import MINIMUM_SEEDS
 from repro import runs
-from repro.batch import plan, records
-from repro.batch.local import COMMITTED, Outcome, run_all
+from repro.batch import plan, records, report
+from repro.batch.execute import execute
 from repro.experiment import Experiment
 from repro.grid import PAPERS
 from repro.recipe import SCALES
 from repro.settings import SettingError, unknown
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+VERDICT_SEEDS = 5  # no claim gets a verdict from fewer
 
 
 def reproduce(
     scale: str = "mini", seeds: int = 1, workers: int = 0, root: Path | None = None, device: str = "auto"
 ) -> int:
-    """Run the main job; returns the exit status: 0, or 1 when a run failed (the report then says `not run` there).
+    """Run the main job; returns the exit status: 0, or 1 when a run failed (the report then shows `not run` there).
 
     scale: `tiny`, `mini` or `paper`. seeds: how many, from 0. workers: runs at a time, 0 for one a core.
-    root: folder of runs. Figures and tables stand beside the report; those of a `mini` job in the usual folder also go
-    to the checkout's `figures/` and README.md, unless runs that are committed there would be dropped.
-    Numbers that disagree with the committed ones are told, and do not change the status.
+    root: folder of runs. Figures and tables stand in the report; those of a `mini` job in the usual folder also go to
+    the checkout's `figures/rendered/`, unless runs that are committed there would be dropped.
     """
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     if seeds < 1:
         raise SettingError(f"seeds is {seeds}; it must be at least 1")
-    root = Path(root or runs.runs_folder())
-    numbers = tuple(range(seeds))
-    experiments = list(plan.select(main=True, scale=scale, seeds=numbers))
+    root, numbers = Path(root or runs.runs_folder()), tuple(range(seeds))
+    selection = plan.select(main=True, scale=scale, seeds=numbers)
     print(
-        f"main job: {len(experiments)} runs at scale {scale}, seeds {', '.join(map(str, numbers))}, "
-        f"{', '.join(PAPERS)}",
+        f"main job: {len(selection)} runs at scale {scale}, seeds {', '.join(map(str, numbers))}, {', '.join(PAPERS)}",
         flush=True,
     )
-    outcome = run_all(experiments, root, workers, device)
-    compared = agreement.compare_all(experiments, root)  # before the report, which may renew what is committed
+    outcome = execute(plan.plan(selection, root), root, engine="local", workers=workers, device=device)
     usual = scale == "mini" and root == runs.runs_folder()
-    kept = unpublished(scale, numbers, root) if usual else ""
-    page = report.build(scale, numbers, root, CHECKOUT if usual and not kept else None)
-    _tell(outcome, page)
-    told = [f"figures/ and README.md are left as they are: {kept}"] if kept else []
-    print("\n".join([*agreement.summary(compared), *told, *left_out(experiments, scale, numbers, root)]))
-    return 1 if outcome.failed else 0
+    kept = report.unpublished(scale, numbers, root) if usual else ""
+    page = report.build(scale, numbers, root, publish=usual and not kept)
+    print(f"report: {page}")
+    told = [f"figures/rendered/ is left as it is: {kept}"] if kept else []
+    print("\n".join([*told, *left_out(selection, scale, numbers, root)]))
+    return outcome.exit_status
 
 
 def left_out(experiments: Collection[Experiment], scale: str, seeds: Sequence[int], root: Path) -> list[str]:
@@ -63,7 +55,7 @@ def left_out(experiments: Collection[Experiment], scale: str, seeds: Sequence[in
     whole, done = plan.select(scale=scale, seeds=seeds), set(experiments)
     rest = [experiment for experiment in whole if experiment not in done]
     there = sum(runs.is_finished(experiment, root) for experiment in rest)
-    enough = max(MINIMUM_SEEDS, committed_seeds(scale))
+    enough = max(VERDICT_SEEDS, records.committed_seeds(scale))
     lines = [
         f"left out: {len(rest)} of the {len(whole)} runs that all tables, ablations and claims need with "
         f"{_count(len(seeds), 'seed')} ({there} of them are finished here)"
@@ -78,32 +70,5 @@ def left_out(experiments: Collection[Experiment], scale: str, seeds: Sequence[in
     return lines
 
 
-def unpublished(scale: str, seeds: Sequence[int], root: Path) -> str:
-    """Why results of these runs must not replace the committed ones; empty where they may."""
-    lost = records.lost(COMMITTED, plan.select(scale=scale, seeds=seeds), root)
-    if not lost:
-        return ""
-    return (
-        f"{_count(len(lost), 'committed run')} would be dropped, such as {lost[0]}: not finished in {root.name}/, or "
-        f"not planned at scale {scale}, seeds {', '.join(map(str, seeds))}"
-    )
-
-
-def committed_seeds(scale: str) -> int:
-    """How many seeds the committed results of a scale have; 0 without any."""
-    frame = records.load_runs(COMMITTED)
-    if frame.empty:
-        return 0
-    return int(frame.loc[frame["scale"] == scale, "seed"].nunique())
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number > 1)}"
-
-
-def _tell(outcome: Outcome, page: Path) -> None:
-    if not outcome.finished and not outcome.failed:
-        print("every run was finished before: nothing to do")
-    for experiment, said in outcome.failed:
-        print(f"FAILED {experiment}: {said.splitlines()[-1] if said else ''}", file=sys.stderr)
-    print(f"report: {page}")

@@ -11,7 +11,7 @@ from repro.data import splits
 from repro.data.augment import STRONG
 from repro.data.catalogue import SOURCES
 from repro.methods import few_labels, few_masks, image_tags, scribbles
-from repro.methods.scribbles.dense_gd import for_crop
+from repro.methods.scribbles.baselines import for_crop
 from repro.models import resnet, vit, wide_resnet
 from repro.models.deeplab import BACKBONES
 from repro.recipe import LabelRecipe, MaskRecipe, ScribbleRecipe, TagRecipe

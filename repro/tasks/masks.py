@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from repro.data.folders import MASK_SOURCES, open_masks
 from repro.data.mask_views import MaskViews
 from repro.data.masks import draw_masks
-from repro.data.masks_sources import MASK_SOURCES, open_masks
 from repro.data.pools import draw_folder, read_ahead
 from repro.data.scenes import scenes
 from repro.measure import segmentation
 from repro.methods.few_masks import METHODS
-from repro.methods.few_masks.losses import LABELLED
-from repro.methods.few_masks.separation import confidence_features
+from repro.methods.few_masks.common import LABELLED
+from repro.methods.few_masks.csl import confidence_features
 from repro.models.modes import evaluating
 from repro.recipe import Cell, MaskRecipe
 from repro.settings import SettingError

@@ -7,36 +7,42 @@ and its CAM and its logits back. (Released heads go to that size straight from t
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from repro import cam
-from repro.cam import bilinear
+from repro.cam import attention_rollout, bilinear, grad_cam, min_max, widened
 from repro.data.catalogue import DataError
+from repro.data.folders import open_masks, open_tags
 from repro.data.mask_views import PADDING, TAGS, Crop, MaskViews
 from repro.data.masks import MaskPool, draw_masks, show_tags, tags_of
-from repro.data.masks_sources import open_masks, open_tags
 from repro.data.pools import TagPool, draw_tags, read_ahead
 from repro.data.scenes import scenes
 from repro.measure import segmentation
+from repro.measure.segmentation import combined, confusion, iou, mean_iou, plain, scale_logits
 from repro.methods.image_tags import METHODS
 from repro.methods.image_tags.afa import AFANetwork
+from repro.methods.image_tags.common import Trunk
 from repro.methods.image_tags.dupl import Pair
-from repro.methods.image_tags.pcre_network import PCRENetwork, RegionDecoder
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.pcre import PCRENetwork, RegionDecoder
 from repro.models.modes import evaluating
 from repro.models.pretrained import initialise
 from repro.models.vit import DILATIONS, LAYOUTS, MINI_DILATIONS, DilatedHead, LargeFov, ViT, vit
 from repro.recipe import Cell, TagRecipe
 from repro.settings import SettingError
+from repro.solvers.crf import CRF, EXACT_PIXELS, INSTALL, has_lattice, lattice_crf, mean_field
 from repro.tasks.common import check_scenes, spread, stacked, unmasked
-from repro.tasks.crf_scores import CRF_SCENES, final_counts, final_scores, inference_of, protocol_of
-from repro.tasks.previews import LARGEST, explored, small_images, small_labels, trunk_of
 from repro.train import Task
 
 SHOWN_POOL, SHOWN_TEST, EXPLORED = 8, 16, 4  # images whose CAMs a run keeps for figures and the explorer
@@ -141,7 +147,7 @@ def prepare(experiment: Cell, recipe: TagRecipe, device: torch.device, data_root
         return found
 
     def outputs(net: nn.Module) -> dict[str, Tensor]:
-        """Arrays for figures, `shown.explored` of the first test images, and the counts of `final.final_counts`."""
+        """Arrays for figures, `explored` of the first test images, and the counts of `protocol_counts`."""
         images, masks = sets.tests
         with torch.no_grad(), evaluating(net):
             logits = [bilinear(net(framed(part)), (side, side)) for part in images.split(BATCH)]
@@ -156,10 +162,10 @@ def prepare(experiment: Cell, recipe: TagRecipe, device: torch.device, data_root
         if isinstance(trunk_of(net), Trunk):
             kept |= explored(net, framed(images[:EXPLORED]), side)
         tests = ((images, masks) for images, masks, _ in sets.test())
-        return kept | final_counts(net, tests, sets.classes, protocol, views, inference, sets.scored)
+        return kept | protocol_counts(net, tests, sets.classes, protocol, views, inference, sets.scored)
 
     generators = {"views": generator} | ({"crops": pool.generator} if isinstance(pool, TagPool) else {})
-    return Task(method, pool, None, generators, evaluate, outputs, final_scores, sets.digest, moments, weights)
+    return Task(method, pool, None, generators, evaluate, outputs, protocol_scores, sets.digest, moments, weights)
 
 
 class FramedViews(MaskViews):
@@ -297,3 +303,247 @@ def cam_report(counts: Tensor, beta: float) -> dict:
         "over_activation_mean": segmentation.plain(spilled["ratio"][1:].nanmean()),
         "over_activation_bounded_mean": segmentation.plain(spilled["share"][1:].nanmean()),
     }
+
+
+# Arrays that a run keeps for figures and the explorer: pictures, maps of one scale, comparisons, PCRE's masks
+
+
+EXPLORED_SCALES = (0.5, 1.0, 1.5)
+LARGEST = 224  # side of kept pictures and maps at most: of COCO, 80 maps of 448 pixels an image would fill a disk
+
+
+def trunk_of(network: nn.Module) -> Trunk:
+    """The trunk that is evaluated."""
+    return network.first if isinstance(network, Pair) else network
+
+
+@torch.no_grad()
+def explored(network: nn.Module, x: Tensor, side: int) -> dict[str, Tensor]:
+    """What the explorer reads of normalised images x (E, 3, S, S); maps are resized to `side` x `side`.
+
+    explore_scales (Sc,); explore_cam (E, 2, Sc, C, H, W): main and auxiliary, `one_scale` at each of them;
+    explore_gradcam (E, C, H, W), explore_rollout (E, H, W): at scale 1, in [0, 1]; of PCRE also explore_confidence
+    (E, N, C), S, and explore_masks (E, N, h, w), M, at scale 1 without a gate. Maps in half precision, S in single.
+    """
+    trunk, size = trunk_of(network), (side, side)
+    with evaluating(network):
+        cam = torch.stack([one_scale(trunk, x, scale, size) for scale in EXPLORED_SCALES], 2)
+        gradcam = torch.cat([block_grad_cam(trunk, image) for image in x.split(1)])
+        rollout = torch.cat([rolled_out(trunk, image) for image in x.split(1)])
+        found = {
+            "explore_scales": torch.tensor(EXPLORED_SCALES),
+            "explore_cam": cam.half(),
+            "explore_gradcam": min_max(bilinear(gradcam, size)).half(),
+            "explore_rollout": min_max(bilinear(rollout, size))[:, 0].half(),
+        }
+        if isinstance(trunk, PCRENetwork):
+            tokens = trunk.encoder(x)
+            confidence, masks = trunk.decoder(x, tokens.patches, tokens.grid)
+            found |= {"explore_confidence": confidence.float(), "explore_masks": masks.half()}
+    return {name: values.cpu() for name, values in found.items()}
+
+
+def one_scale(trunk: Trunk, x: Tensor, scale: float, size: tuple[int, int]) -> Tensor:
+    """Main and auxiliary CAM (B, 2, C, H, W) of one scale: the larger of an image's and its mirror image's, rectified.
+
+    Over scales their sum, made `cam.min_max`, is `cam.multi_scale_cam`, if maps have the size of x (B, 3, H, W).
+    """
+    seen = bilinear(x, (int(scale * x.shape[2]), int(scale * x.shape[3])))
+    tokens = trunk.encoder(torch.cat([seen, seen.flip(3)]))
+    maps = bilinear(widened(torch.cat([trunk.raw(tokens), trunk.raw_aux(tokens)], 1)), size)
+    own, mirrored = maps.chunk(2)
+    return torch.maximum(own, mirrored.flip(3)).relu().unflatten(1, (2, -1))
+
+
+def block_grad_cam(trunk: Trunk, x: Tensor) -> Tensor:
+    """Grad-CAM (B, C, h, w) of the patches behind the auxiliary block, for the main classifier's scores.
+
+    x: (B, 3, H, W). Class tokens stay as they are there. At the last layer Grad-CAM would be the CAM itself.
+    """
+    encoder = trunk.encoder
+    tokens, grid = encoder.embed(x)
+    for index in range(encoder.auxiliary + 1):
+        tokens, _ = encoder.block(index, tokens)
+    first, patches = tokens.split([encoder.class_tokens, tokens.shape[1] - encoder.class_tokens], 1)
+
+    def score(patches: Tensor) -> Tensor:
+        tokens = torch.cat([first, patches], 1)
+        for index in range(encoder.auxiliary + 1, encoder.depth):
+            tokens, _ = encoder.block(index, tokens)
+        return trunk.classifier(encoder.norm(tokens)[:, encoder.class_tokens :].amax(1))
+
+    return grad_cam(patches, score, grid)
+
+
+def rolled_out(trunk: Trunk, x: Tensor) -> Tensor:
+    """Attention rollout (B, 1, h, w) over all blocks, of the class token, or of the mean of several."""
+    encoder = trunk.encoder
+    tokens = encoder(x, range(encoder.depth))
+    flow = attention_rollout(tokens.attention[index] for index in range(encoder.depth))
+    return flow[:, : encoder.class_tokens, encoder.class_tokens :].mean(1, keepdim=True).unflatten(2, tokens.grid)
+
+
+def small_images(images: Tensor, side: int) -> Tensor:
+    """Images (B, 3, S, S) uint8 of at most `side` pixels, antialiased."""
+    if images.shape[2] <= side:
+        return images
+    seen = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+    return seen.round().clamp(0, 255).byte()
+
+
+def small_labels(labels: Tensor, side: int) -> Tensor:
+    """Label maps (B, S, S) uint8 of at most `side` pixels, nearest neighbour."""
+    if labels.shape[1] <= side:
+        return labels
+    return F.interpolate(labels[:, None].float(), size=(side, side), mode="nearest")[:, 0].byte()
+
+
+# The scores of a trained network: segmentation over scales and mirror images, then the same behind a dense CRF
+
+
+SIDE = 448  # of the images that widths are stated for
+CRF_SCENES = 50  # at most: exact inference takes a tenth of a second a scene
+SCORES = ("ms", "crf")
+INFERENCES = ("exact", "lattice", "none")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a method is scored.
+
+    form: of `segmentation.combined`. frame: side of the square that images are resized to; long: length that their
+    longer side is resized to; 0 for neither. halved: an image and its mirror image are averaged, not summed, which
+    makes the CRF's probabilities softer.
+    """
+
+    crf: CRF
+    scales: tuple[float, ...] = (1.0, 1.25, 1.5)
+    form: str = "max"
+    frame: int = 0
+    long: int = 0
+    halved: bool = False
+
+
+def protocol_of(method: str, data: str, crop: int) -> Protocol:
+    """The method's protocol: PCRE's for VOC or for COCO, AFA's, or ToCo's, which is DuPL's too and ours for plain.
+
+    crop: side of training crops, pixels. Where it is not the published one, native sizes would be out of proportion for
+    the network, and images of published sets are resized to a square of that side (ours), as in PCRE's for VOC.
+    Source: released codes; on scenes that for VOC, at their own size.
+    """
+    found, published = Protocol(CRF()), SIDE
+    if method == "pcre" and data == "coco2014":
+        found = Protocol(CRF(1.0, 1.0, 7.0, 140.0, 1.0))
+    elif method == "pcre":
+        found = Protocol(CRF(1.0, 2.0, 7.0, 140.0, 1.0), form="mean-or-first", frame=crop)
+    elif method == "afa":
+        found, published = Protocol(CRF(3.0, 3.0, 4.0, 64.0, 5.0), (1.0, 0.5, 0.75), long=512, halved=True), 320
+    if data == "scenes":
+        return replace(found, frame=0, long=0, crf=found.crf.scaled(crop / SIDE))
+    return found if crop == published else replace(found, frame=crop, long=0)
+
+
+def inference_of(data: str, crop: int) -> str:
+    """How the CRF is inferred: `exact` on small scenes, else `lattice` (pydensecrf2). Without that package `none`, with
+    a warning: a run of days must not fail at its end."""
+    if data == "scenes" and crop**2 <= EXACT_PIXELS:
+        return "exact"
+    if has_lattice():
+        return "lattice"
+    warnings.warn(f"miou_crf is left out: above {EXACT_PIXELS:,} pixels it needs pydensecrf2: {INSTALL}", stacklevel=2)
+    return "none"
+
+
+@torch.no_grad()
+def protocol_counts(
+    network: nn.Module,
+    tests: Iterable[tuple[Tensor, Tensor]],
+    classes: int,
+    protocol: Protocol,
+    views: MaskViews,
+    inference: str = "exact",
+    chosen: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Confusion counts (K, K) int64, rows are the truth: `ms_confusion` over scales and mirror images, and
+    `crf_confusion` behind the CRF, unless inference is `none`.
+
+    tests: images (B, 3, H, W) uint8 and masks (B, H, W) at their original size, on the CPU. classes: K.
+    inference: one of INFERENCES. chosen: positions of the test images that the CRF sees; None for all.
+    """
+    counts = {name: torch.zeros(classes, classes, dtype=torch.int64) for name in SCORES}
+
+    def smooth() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Images and masks that the CRF sees, and their probabilities; counts all of them on the way."""
+        first = 0
+        for images, masks in tests:
+            x = fitted(views.plain(images.to(views.mean.device)), protocol)
+            logits = scale_logits(network, x, protocol.scales, (masks.shape[1], masks.shape[2]))
+            logits = combined(logits, protocol.form) / (2 if protocol.halved else 1)
+            counts["ms"] += confusion(masks, logits.argmax(1).cpu(), classes).sum(0)
+            seen = torch.arange(first, first + len(images))
+            seen = torch.ones_like(seen).bool() if chosen is None else torch.isin(seen, chosen)
+            first += len(images)
+            yield images[seen], masks[seen], logits[seen.to(logits.device)].softmax(1)
+
+    with evaluating(network):
+        if inference == "none":
+            deque(smooth(), maxlen=0)
+            del counts["crf"]
+        else:
+            refined = exact_labels if inference == "exact" else lattice_labels
+            for masks, labels in refined(smooth(), protocol.crf):
+                counts["crf"] += confusion(masks, labels, classes).sum(0)
+    return {f"{name}_confusion": count for name, count in counts.items()}
+
+
+def fitted(images: Tensor, protocol: Protocol) -> Tensor:
+    """Images (B, 3, H, W) at the size of the protocol's scale 1."""
+    height, width = images.shape[2:]
+    if protocol.frame:
+        return bilinear(images, (protocol.frame, protocol.frame))
+    if protocol.long:
+        ratio = protocol.long / max(height, width)
+        return bilinear(images, (int(height * ratio), int(width * ratio)))
+    return images
+
+
+def exact_labels(items: Iterable[tuple[Tensor, Tensor, Tensor]], crf: CRF) -> Iterator[tuple[Tensor, Tensor]]:
+    """Masks and labels (B, H, W) behind the exact CRF of images, masks and probabilities."""
+    for images, masks, probs in items:
+        yield masks, mean_field(probs, images.to(probs.device), crf).argmax(1).cpu()
+
+
+def lattice_labels(items: Iterable[tuple[Tensor, Tensor, Tensor]], crf: CRF) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same by pydensecrf2, in processes, since it holds Python's lock."""
+    waiting: deque[Tensor] = deque()
+
+    def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for images, masks, probs in items:
+            for image, mask, prob in zip(images, masks, probs.cpu(), strict=True):
+                waiting.append(mask)
+                yield prob.numpy(), image.permute(1, 2, 0).contiguous().numpy()
+
+    workers = torch.get_num_threads()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+        for labels in read_ahead(processes, partial(lattice_label, crf=crf), pairs(), 2 * workers):
+            yield waiting.popleft()[None], torch.from_numpy(labels)[None]
+
+
+def lattice_label(pair: tuple[np.ndarray, np.ndarray], crf: CRF) -> np.ndarray:
+    """Label map (H, W) of probabilities (K, H, W) and an image (H, W, 3)."""
+    return lattice_crf(*pair, crf).argmax(0).astype(np.uint8)
+
+
+def protocol_scores(outputs: dict[str, Tensor]) -> dict:
+    """Metrics from the counts that a run's outputs hold; None where there are none.
+
+    miou_ms: mean IoU over scales and mirror images, of all test images. miou_crf: the same behind the dense CRF; of
+    scenes at full size, but of CRF_SCENES evenly spread ones at most. iou_ms, iou_crf: lists of K. A class without a
+    pixel in truth and prediction counts as 0, as in `miou`.
+    """
+    scores: dict = {}
+    for name in SCORES:
+        counts = outputs.get(f"{name}_confusion")
+        scores[f"miou_{name}"] = None if counts is None else plain(mean_iou(counts))
+        scores[f"iou_{name}"] = None if counts is None else plain(iou(counts))
+    return scores

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import torch
 
-from repro.methods.image_tags import METHODS, regions
-from repro.methods.image_tags.losses import refine_loss
-from repro.methods.image_tags.pcre_network import RegionDecoder
+from repro.methods.image_tags import METHODS
+from repro.methods.image_tags import pcre as regions
+from repro.methods.image_tags.pcre import RegionDecoder, refine_loss
 from repro.models.vit import LAYOUTS
 from repro.recipe import TagRecipe
 from repro.tasks import tags as task

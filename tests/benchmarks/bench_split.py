@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from repro.methods.few_masks.separation import confidence_features, separate
+from repro.methods.few_masks.csl import confidence_features, separate
 
 BATCH, CLASSES, SIZE = 8, 21, 321
 

@@ -178,9 +178,8 @@ def test_rule_and_weights_choose_the_number_and_unknown_ones_are_refused(tmp_pat
 def test_names_agree_with_what_runs_store():
     import torch
 
-    from repro.tasks.crf_scores import final_scores
     from repro.tasks.labels import temperature_scaled
-    from repro.tasks.tags import cam_report
+    from repro.tasks.tags import cam_report, protocol_scores
 
     probs, labels = torch.tensor([[0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]), torch.tensor([0, 1, 1])
     arrays = {
@@ -191,7 +190,7 @@ def test_names_agree_with_what_runs_store():
     }
     stored = all_metrics(probs, labels) | temperature_scaled(arrays)
     of_masks = measured(torch.full((1, 6, 4, 4), 1 / 6), torch.zeros(1, 4, 4, dtype=torch.uint8))
-    of_tags = cam_report(torch.ones(100, 6, 6, dtype=torch.int64), 0.5) | final_scores({})
+    of_tags = cam_report(torch.ones(100, 6, 6, dtype=torch.int64), 0.5) | protocol_scores({})
     beside = {"cam_miou_train", "cam_above_chance", "potts_energy", "potts_energy_soft", "proposal_accuracy",
               "proposal_miou"}  # fmt: skip
     assert set(METRICS) <= set(stored) | set(of_masks) | set(of_tags) | beside

@@ -120,7 +120,7 @@ def test_bounds_and_permutation_invariance(problem, random):
         assert value == pytest.approx(shuffled[name], abs=1e-9)
         assert 0 <= value <= {"nll": math.inf, "brier": 2 + 1e-12}.get(name, 1 + 1e-12)
     assert row["ece_15"] <= row["mce_15"] + 1e-12
-    pair = top_label(probs, labels)
+    top_label(probs, labels)
 
 
 @given(problems(), st.floats(0.1, 10.0))

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from repro.data.masks_sources import MASK_SOURCES
+from repro.data.folders import MASK_SOURCES
 from repro.data.scribbles import LENGTHS as DRAWN
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS
 from repro.methods import few_labels, few_masks, image_tags, scribbles
-from repro.methods.scribbles.losses import outlier_model
+from repro.methods.scribbles.common import outlier_model
 from repro.papers import recipes
 from repro.settings import SettingError
 

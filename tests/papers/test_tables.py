@@ -9,7 +9,7 @@ from repro import grid
 from repro.experiment import resolve, run_id
 from repro.grid import EMBEDDED, PAPERS, TITLES, Claim, Column, Row, Table, checked_seeds, experiment, place
 from repro.measure.metrics import METRICS
-from repro.methods.scribbles.lengths import PUBLISHED as TUNED
+from repro.methods.scribbles.common import PUBLISHED as TUNED
 from repro.papers.published import MASKS, NOT_AVAILABLE, SCRIBBLES, TAGS, Reference, lookup
 from repro.recipe import SCALES
 from repro.settings import SettingError

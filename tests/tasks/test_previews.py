@@ -6,12 +6,11 @@ from captum.attr import LayerGradCam
 from torch import nn
 
 from repro.cam import min_max, multi_scale_cam
+from repro.methods.image_tags.common import Trunk
 from repro.methods.image_tags.dupl import Pair
-from repro.methods.image_tags.pcre import PCRESettings
-from repro.methods.image_tags.pcre_network import PCRENetwork, RegionDecoder
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.pcre import PCRENetwork, PCRESettings, RegionDecoder
 from repro.tasks.common import square, stacked
-from repro.tasks.previews import (
+from repro.tasks.tags import (
     EXPLORED_SCALES,
     block_grad_cam,
     explored,

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from repro import cam
-from repro.data import masks_sources
+from repro.data import folders as masks_sources
 from repro.data.catalogue import DataError
+from repro.data.folders import MaskFolder, open_masks, open_tags
 from repro.data.masks import choose, tags_of
-from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.scenes import scenes
 from repro.measure.segmentation import confusion, iou, mean_iou
 from repro.methods.image_tags import METHODS
-from repro.methods.image_tags.regions import refined_regions, shown_classes
+from repro.methods.image_tags.pcre import refined_regions, shown_classes
 from repro.models.pretrained import WeightsError
 from repro.recipe import TagRecipe
 from repro.runs import load_moments
@@ -290,7 +290,7 @@ def test_without_a_gate_the_radius_is_the_side_of_the_grid(options, radius, monk
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_final_scores_follow_from_the_counts_and_are_made_once(runs, method):
+def test_protocol_scores_follow_from_the_counts_and_are_made_once(runs, method):
     run = runs[method]
     scores = run.task.after(run.outputs)
     for name in ("ms", "crf"):
@@ -341,7 +341,7 @@ SMALL = {"toco": {"side": 8, "hidden": 32, "crops": 3}}
 @pytest.fixture
 def voc(monkeypatch, tmp_path):
     """Seven training images and three of val, without the package that CRFs of large images need."""
-    monkeypatch.setattr("repro.tasks.crf_scores.has_lattice", lambda: False)
+    monkeypatch.setattr("repro.tasks.tags.has_lattice", lambda: False)
     small_voc(monkeypatch, tmp_path, train=4, extra=3, val=3)
     tag_voc(tmp_path / "VOCdevkit" / "VOC2012")
     return tmp_path
@@ -439,7 +439,7 @@ def test_a_stopped_run_on_files_ends_as_if_undisturbed(voc, tmp_path):
 
 
 def test_coco_needs_masks_of_val_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr("repro.tasks.crf_scores.has_lattice", lambda: False)
+    monkeypatch.setattr("repro.tasks.tags.has_lattice", lambda: False)
     tag_coco(monkeypatch, tmp_path)
     read = []
     real = MaskFolder.mask

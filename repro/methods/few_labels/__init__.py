@@ -1,18 +1,11 @@
 """Classification from few labels, one file a method; `task` puts a method, its data and its measurements together."""
 
+from repro.methods.few_labels.baselines import UDA, MeanTeacher, PseudoLabel, Supervised
 from repro.methods.few_labels.calibratemix import CalibrateMix
 from repro.methods.few_labels.commatch import ComMatch
-from repro.methods.few_labels.fixmatch import FixMatch
-from repro.methods.few_labels.flexmatch import FlexMatch
-from repro.methods.few_labels.freematch import FreeMatch
+from repro.methods.few_labels.fixmatch import FixMatch, FlexMatch, FreeMatch, SoftMatch
 from repro.methods.few_labels.marginmatch import MarginMatch
-from repro.methods.few_labels.mean_teacher import MeanTeacher
-from repro.methods.few_labels.mixmatch import MixMatch
-from repro.methods.few_labels.pseudo_label import PseudoLabel
-from repro.methods.few_labels.remixmatch import ReMixMatch
-from repro.methods.few_labels.softmatch import SoftMatch
-from repro.methods.few_labels.supervised import Supervised
-from repro.methods.few_labels.uda import UDA
+from repro.methods.few_labels.mixmatch import MixMatch, ReMixMatch
 from repro.methods.few_labels.ups import UPS
 from repro.train import Method
 

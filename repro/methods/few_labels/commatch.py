@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repro.data.augment import Views
-from repro.methods.few_labels.forward import three_views
-from repro.methods.few_labels.margins import repeats
+from repro.methods.few_labels.common import repeats, three_views
 from repro.models.modes import stochastic_probs
 from repro.settings import SettingError, check, hyper
 from repro.train import Items, Losses, Method, Now, PseudoLabels

@@ -11,10 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repro.data.augment import Views
-from repro.methods.few_labels.fixmatch import consistency_loss, pseudo_label
-from repro.methods.few_labels.flexmatch import flexible_threshold, learning_status, remember
-from repro.methods.few_labels.forward import three_views
-from repro.methods.few_labels.margins import average_margins, last_of_each, margins, zeroed_margins
+from repro.methods.few_labels.common import (
+    average_margins,
+    consistency_loss,
+    last_of_each,
+    margins,
+    pseudo_label,
+    three_views,
+    zeroed_margins,
+)
+from repro.methods.few_labels.fixmatch import flexible_threshold, learning_status, remember
 from repro.settings import check, hyper
 from repro.train import Items, Losses, Method, Now, PseudoLabels
 

@@ -3,7 +3,6 @@
 from repro.methods.image_tags.afa import AFA
 from repro.methods.image_tags.dupl import DuPL
 from repro.methods.image_tags.pcre import PCRE
-from repro.methods.image_tags.plain import Plain
-from repro.methods.image_tags.toco import ToCo
+from repro.methods.image_tags.toco import Plain, ToCo
 
 METHODS = {"plain": Plain, "toco": ToCo, "dupl": DuPL, "afa": AFA, "pcre": PCRE}

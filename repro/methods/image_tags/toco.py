@@ -5,19 +5,90 @@ is mirrored at random, but not the map that says where to cut.
 """
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repro.cam import best_class, widened
 from repro.data.mask_views import MaskViews
-from repro.methods.image_tags.contrast import crop_contrast, patch_contrast
-from repro.methods.image_tags.crops import choose_crops, confidence_levels, cut
-from repro.methods.image_tags.steps import TagMethod, View, tag_terms
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.common import TagMethod, Trunk, View, patch_contrast, tag_terms
 from repro.recipe import TagRecipe
 from repro.settings import SettingError, check, hyper
 from repro.train import Items, Losses, Now
+
+# Crops
+
+
+def confidence_levels(cam: Tensor, tags: Tensor, low: float = 0.25, high: float = 0.7) -> Tensor:
+    """Map (B, H, W) int64 of an (auxiliary) CAM: 0 where its best class is at most `low`, 2 from `high` on, else 1.
+
+    cam: (B, C, H, W), not negative; tags: (B, C).
+    """
+    value, _ = best_class(cam, tags)
+    return torch.where(value <= low, 0, torch.where(value >= high, 2, 1))
+
+
+@torch.no_grad()
+def choose_crops(
+    levels: Tensor, count: int = 8, side: int = 96, least: float = 0.2, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Corners (B, n, 2) int64, top and left, of crops around random pixels that are not confident; which are negative.
+
+    levels: (B, H, W) of `confidence_levels`. A crop's centre has level 0 or 1, unless an image has fewer than `count`
+        such pixels: then any. No two crops of an image have the same corner. All crops lie inside (the released code
+        leaves out the last row and column).
+    count: n. side: of a crop, pixels. least: a crop is negative, (B, n) bool, when its mean level is at most this.
+    generator: on the device of the levels. Raises ValueError when an image has no room for `count` crops.
+    """
+    height, width = levels.shape[1] - side + 1, levels.shape[2] - side + 1
+    if side < 1 or height < 1 or width < 1 or height * width < count:
+        raise ValueError(f"{count} crops of {side} pixels do not fit into images of {tuple(levels.shape[1:])}")
+    centre = side // 2
+    allowed = (levels[:, centre : centre + height, centre : centre + width] < 2).flatten(1)
+    allowed = allowed | (allowed.sum(1, keepdim=True) < count)
+    draw = torch.rand(allowed.shape, generator=generator, device=levels.device)
+    chosen = (draw + allowed).topk(count, dim=1).indices
+    corners = torch.stack([chosen // width, chosen % width], 2)
+    return corners, cut(levels[:, None], corners, side).float().mean((2, 3, 4)) <= least
+
+
+def cut(images: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Crops (B, n, channels, side, side) of images (B, channels, H, W) at corners (B, n, 2), top and left."""
+    reach = torch.arange(side, device=images.device)
+    rows, columns = corners[:, :, 0, None] + reach, corners[:, :, 1, None] + reach
+    image = torch.arange(len(images), device=images.device)[:, None, None, None]
+    return images[image, :, rows[:, :, :, None], columns[:, :, None]].movedim(4, 2)
+
+
+# Contrast of crops
+
+
+EPS = 1e-4  # beside the negatives of `crop_contrast`
+
+
+def crop_contrast(student: Tensor, teacher: Tensor, positive: Tensor, temperature: float = 0.5) -> Tensor:
+    """L_ctc, InfoNCE of crops against the teacher's two views of their image, mean over images.
+
+    With e_gv = exp(<t_g, s_v> / T) and n_g = sum of e_gv over the negative crops v + 1e-4, the loss of an image is
+    sum_g [ sum_positive -log(e_gv / (e_gv + n_g)) + log(1 + n_g) ] / (2 (#positive + 1e-4)).
+    student: s (B, V, E), projected class tokens of the views, the two global ones first, and of the crops.
+    teacher: t (B, G, E), G = 2, of the global views by the teacher's head; without gradient here.
+    positive: (B, V) bool, True for the global views and for crops that are not negative. temperature: T, above 0.
+    Source: ToCo (released code), here in logarithms, so that no exponential overflows.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        logits = widened(teacher).detach() @ widened(student).mT / temperature
+        rest = logits.masked_fill(positive[:, None], -torch.inf)
+        negatives = torch.cat([rest, torch.full_like(rest[:, :, :1], log(EPS))], 2).logsumexp(2, keepdim=True)
+        pulled = F.softplus(negatives - logits).masked_fill(~positive[:, None], 0).sum((1, 2))
+        pushed = F.softplus(negatives).sum((1, 2))
+        return ((pulled + pushed) / (teacher.shape[1] * (positive.sum(1, dtype=logits.dtype) + EPS))).mean()
+
+
+# ToCo
+
 
 BOTTLENECK, EMBEDDING = 256, 1024  # widths of the projection head, released code
 
@@ -109,3 +180,30 @@ class ToCo(TagMethod):
                 mean.lerp_(live, 1 - settings.momentum)
             taught = self.teacher(tokens[:, :2])
         return crop_contrast(self.projection(tokens), taught, positive, settings.temperature)
+
+
+# Plain training
+
+
+@dataclass(frozen=True)
+class PlainSettings:
+    seg_weight: float = hyper(0.1, source="ToCo: weight of L_seg", low=0)
+    energy_weight: float = hyper(0.0, source="ToCo: .05 of L_reg; ours: off, exact and quadratic in the pixels", low=0)
+
+    def __post_init__(self):
+        check(self)
+
+
+class Plain(TagMethod):
+    """L = L_cls + L_cls_aux, after the warm-up + .1 L_seg."""
+
+    Settings = PlainSettings
+
+    def losses(self, batch: dict[str, Items], now: Now) -> Losses:
+        view = self.view(batch["tagged"])
+        predicted = self.network.predict(view.x)
+        terms = tag_terms(predicted, view.tags)
+        if self.learning(now):
+            cam = self.network.activation(view.x, self.recipe.scales, view.tags)
+            terms |= self.head_terms(predicted.segmentation, self.labels(view, cam), view)
+        return Losses(terms)

@@ -5,21 +5,114 @@ every step: cross-entropy on the seeds and the robust loss on X elsewhere. Plain
 epsilon 0 or above. The paper's text could not be had: this follows the released code.
 """
 
-from dataclasses import dataclass
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from repro.data.mask_views import MaskViews
+from repro.data.mask_views import MaskViews, hide
 from repro.data.masks import IGNORE
-from repro.methods.scribbles.losses import outlier_model, proposal_losses
-from repro.methods.scribbles.proposals import refresh, report
-from repro.methods.scribbles.steps import Options, ScribbleMethod, View
+from repro.methods.scribbles.common import (
+    Options,
+    ScribbleMethod,
+    View,
+    outlier_model,
+    partial_cross_entropy,
+    proposal_losses,
+)
+from repro.models.modes import evaluating
 from repro.settings import SettingError, check, hyper
-from repro.solvers.cuts import SolverSettings
-from repro.solvers.expansion import BACK_ENDS
-from repro.train import Losses
+from repro.solvers.cuts import (
+    BACK_ENDS,
+    PADDING,
+    UNLABELLED,
+    Problem,
+    Solution,
+    SolverSettings,
+    solve_all,
+    start_workers,
+)
+from repro.solvers.potts import Grid, contrast_grid, problems, wide
+from repro.train import Items, Losses, PixelLabels
+
+# Proposals
+
+
+IMAGES_PER_PASS = 16  # memory only: the network is in eval mode
+
+
+def solving(workers: int) -> contextlib.AbstractContextManager[Executor | None]:
+    """Worker processes for a `with` block; None, and so this process, for 0."""
+    return start_workers(workers) if workers else contextlib.nullcontext()
+
+
+def refresh(
+    network: nn.Module,
+    views: MaskViews,
+    pool: Any,
+    stored: Tensor,
+    settings: SolverSettings,
+    neighbours: int = 8,
+    workers: int = 0,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> list[Solution]:
+    """Solve stage A for every image of a pool and overwrite its stored proposal.
+
+    network: put in eval mode for the pass, then back; predicts whole, un-augmented images without autocast.
+    pool: `labelled` (n,); labels (H, W) are scribbles, 255, and 254 where a picture was padded to the common size.
+        Its `take`, if it has one, must deliver whole images, without chance.
+    stored: (N, H, W) uint8 by pool index, in which each image starts; 255 is the lowest label that is allowed, which
+        is background where all are (the released start). Written only once all are solved.
+    workers: processes, 0 for this one. on_progress(done, None): after each image.
+    Returns the solutions in the order of `labelled`, with the energies from and to which each image came.
+    Source: released code: seeds fixed, labels of the scribbles only (if the settings say so), unary by plain log
+    softmax, contrast weights of the normalised image.
+    """
+    with torch.no_grad(), solving(workers) as executor, evaluating(network):
+        waiting = whole_images(network, views, pool, stored, neighbours)
+        solutions = solve_all(waiting, settings, executor, on_progress)
+    for number, solution in zip(pool.labelled.tolist(), solutions, strict=True):
+        stored[number] = torch.from_numpy(solution.labels).to(stored.device)
+    return solutions
+
+
+def whole_images(network: nn.Module, views: MaskViews, pool: Any, stored: Tensor, neighbours: int) -> Iterator[Problem]:
+    """Stage A of each image in turn; the network runs only as far as problems are asked for."""
+    for index in pool.labelled.split(IMAGES_PER_PASS):
+        items = take(pool, index)
+        roi = items.labels != PADDING
+        x = hide(views.plain(items.images), ~roi)
+        grid = contrast_grid(x, roi, neighbours)
+        names = [f"{number} of the pool" for number in index.tolist()]
+        yield from problems(wide(network(x)).log_softmax(1), grid, items.labels, stored[items.index], names)
+
+
+def take(pool: Any, index: Tensor) -> Items:
+    """Images of a pool, by its `take` where it has one."""
+    if hasattr(pool, "take"):
+        return pool.take(index)
+    return Items(index, pool.images[index], pool.labels[index])
+
+
+def report(index: Tensor, logits: Tensor, proposals: Tensor, seeds: Tensor, window: Any) -> dict[str, PixelLabels]:
+    """What the monitor is told of proposals on crops: those outside the seeds, and the network's probability of each.
+
+    index: (B,). logits: (B, C, S, S). proposals: (B, S, S), 255 where there is none. seeds: (B, S, S) bool.
+    """
+    valid = proposals < logits.shape[1]
+    scores = wide(logits.detach())
+    chosen = torch.where(valid, proposals.long(), 0)
+    confidence = (scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(1)).exp()
+    return {"proposals": PixelLabels(index, chosen, valid & ~seeds, confidence, valid, window)}
+
+
+# The methods
 
 
 @dataclass(frozen=True)
@@ -91,3 +184,69 @@ class RobustTrustRegion(TrustRegion):
     """`TrustRegion` whose default epsilon is the published one."""
 
     Settings = RobustTrustRegionSettings
+
+
+# ADM: an alternating scheme on the same energy
+
+
+@dataclass(frozen=True)
+class ADMSettings:
+    unary_weight: float = hyper(1.0, "gamma", "ADM (released code): of -log S of each pixel", low=0)
+    potts_weight: float = hyper(80.0, "lambda", "ADM (released code): of each edge, not over their number", low=0)
+    proposal_weight: float = hyper(1.5, "", "ADM (released code): of the cross-entropy to the cut's labels", low=0)
+    sweeps: int = hyper(5, "", "ADM (released code)", low=1)
+    neighbours: int = hyper(8, "", "as the trust region's", choices=(4, 8))
+    back_end: str = hyper("scipy", "", "released: GCO; ours: the same labels from each", choices=tuple(BACK_ENDS))
+    rate: float = hyper(0.1, "", "ADM: lr 1e-4 after 1e-3; second stage over the recipe's lr", low=0)
+
+    def __post_init__(self):
+        check(self)
+
+
+def edgewise(grid: Grid) -> Grid:
+    """The grid for a solver that multiplies weights by |Omega| / |N|: with these, it multiplies them by 1."""
+    factor = (grid.pairs / grid.pixels.clamp(min=1))[:, None, None]
+    return replace(grid, weights=tuple(weight * factor for weight in grid.weights))
+
+
+class ADM(ScribbleMethod):
+    """L = L_PCE, then L_PCE + 1.5 CE(X, S), X = argmin sum -log S_X + 80 sum w [X_p != X_q], all labels, free seeds.
+
+    Every step of the second stage copies predictions and weights to the host and waits for the solver: this is slow,
+    and it is the method. Expansion starts from background, as the released code does. Both terms are means over pixels,
+    which here are divided by B as in all methods, so that one learning rate suits all (ours). Contrast weights read the
+    normalised view, as the trust region's do (ours).
+    """
+
+    Settings = ADMSettings
+    executor: Executor | None = None
+
+    def second(self, view: View, logits: Tensor) -> Losses:
+        proposals = self.solved(view, logits)
+        seeds = view.crop.masks < self.classes
+        terms = {
+            "seeds": partial_cross_entropy(logits, view.crop.masks),
+            "proposals": self.settings.proposal_weight * partial_cross_entropy(logits, proposals),
+        }
+        return Losses(terms, report(view.index, logits, proposals, seeds, view.crop.window))
+
+    @torch.no_grad()
+    def solved(self, view: View, logits: Tensor) -> Tensor:
+        """X of each crop, (B, S, S) uint8, 255 where padded. This waits for the device and for the host's solver."""
+        settings = self.settings
+        solver = SolverSettings(
+            settings.potts_weight, settings.unary_weight, settings.sweeps, restricted=False, back_end=settings.back_end
+        )
+        grid = edgewise(contrast_grid(view.x, view.roi, settings.neighbours))
+        unseeded = torch.where(view.roi, UNLABELLED, PADDING).to(torch.uint8)
+        waiting = problems(wide(logits).log_softmax(1), grid, unseeded)
+        labels = np.stack([solution.labels for solution in solve_all(waiting, solver, self.processes())])
+        return torch.from_numpy(labels).to(logits.device)
+
+    def processes(self) -> Executor | None:
+        """Worker processes, started at the first step and ended with the method; None for this process."""
+        if self.workers and self.executor is None:
+            stack = contextlib.ExitStack()
+            self.executor = stack.enter_context(solving(self.workers))
+            weakref.finalize(self, stack.close)
+        return self.executor

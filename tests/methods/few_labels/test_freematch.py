@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.few_labels.freematch import (
+from repro.methods.few_labels.fixmatch import (
     FreeMatch,
     FreeMatchSettings,
     fairness_loss,
@@ -26,7 +26,6 @@ from tests.methods.few_labels.fakes import (
     softmax,
     view,
 )
-from tests.methods.few_labels.test_synchronisation import Watch
 
 
 def normalised(ratio):
@@ -163,16 +162,6 @@ def test_losses_of_a_step():
     }
     assert {name: term.item() for name, term in losses.terms.items()} == pytest.approx(expected, rel=1e-4)
     assert all(gradient_reaches(term, method.network.parameters()) for term in losses.terms.values())
-
-
-def test_state_travels_in_the_state_dict_and_no_step_waits():
-    method, other = build(), build()
-    with Watch() as watch:
-        method.losses(batch(), now(teacher=TinyNetwork(seed=3).eval()))
-    assert watch.seen == []
-    other.load_state_dict(method.state_dict())
-    for name in ("tau", "marginal", "label_histogram"):
-        assert torch.equal(getattr(method, name), getattr(other, name)), name
 
 
 def test_published_defaults():

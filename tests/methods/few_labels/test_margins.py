@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.few_labels.margins import (
+from repro.methods.few_labels.common import (
     add_margins,
     area_under_margin,
     average_margins,

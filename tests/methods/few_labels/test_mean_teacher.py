@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from repro.methods.few_labels.mean_teacher import MeanTeacher, MeanTeacherSettings, squared_error
+from repro.methods.few_labels.baselines import MeanTeacher, MeanTeacherSettings
+from repro.methods.few_labels.common import squared_error
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

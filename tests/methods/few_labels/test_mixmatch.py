@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from repro.methods.few_labels.mixing import interleaving, mixup
+from repro.methods.few_labels.common import interleaving, mixup
 from repro.methods.few_labels.mixmatch import MixMatch, MixMatchSettings, guess
 from repro.settings import SettingError
 from tests.methods.few_labels.fakes import (

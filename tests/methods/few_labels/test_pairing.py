@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.few_labels.pairing import (
+from repro.methods.few_labels.calibratemix import (
     PAIRINGS,
     cosine_similarity,
     draw_pairs,

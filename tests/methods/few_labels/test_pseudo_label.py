@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from repro.methods.few_labels.pseudo_label import PseudoLabel, PseudoLabelSettings, linear_ramp
+from repro.methods.few_labels.baselines import PseudoLabel, PseudoLabelSettings
+from repro.methods.few_labels.common import linear_ramp
 from repro.settings import SettingError
 from tests.methods.few_labels.fakes import (
     CLASSES,

@@ -7,15 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from repro.methods.few_labels.mixing import interleaving, mixup
-from repro.methods.few_labels.remixmatch import (
-    ReMixMatch,
-    ReMixMatchSettings,
-    RotationNetwork,
-    align,
-    follow,
-    rotate,
-)
+from repro.methods.few_labels.common import align, follow, interleaving, mixup
+from repro.methods.few_labels.mixmatch import ReMixMatch, ReMixMatchSettings, RotationNetwork, rotate
 from repro.train import Ema
 from tests.methods.few_labels.fakes import (
     CLASSES,
@@ -184,13 +177,6 @@ def test_the_wrapped_network_classifies_averages_and_is_trained_whole():
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(
         p.numel() for p in build().network.parameters()
     )
-
-
-def test_state_travels_in_the_state_dict():
-    method, other = build(), build()
-    method.marginal, method.prior = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([1.0, 0.0, 0.0])
-    other.load_state_dict(method.state_dict())
-    assert torch.equal(other.marginal, method.marginal) and torch.equal(other.prior, method.prior)
 
 
 def test_ctaugment_is_shown_the_labelled_images():

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from repro.methods.few_labels.softmatch import SoftMatch, SoftMatchSettings, gaussian_weight
-from repro.settings import SettingError
+from repro.methods.few_labels.fixmatch import SoftMatch, SoftMatchSettings, gaussian_weight
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,
@@ -19,7 +18,6 @@ from tests.methods.few_labels.fakes import (
     softmax,
     view,
 )
-from tests.methods.few_labels.test_synchronisation import Watch
 
 
 def test_weight_by_hand():
@@ -110,23 +108,3 @@ def test_losses_of_a_step(alignment):
     np.testing.assert_allclose(positive.mask, weight, rtol=1e-3)
     np.testing.assert_allclose(positive.confidence, weak.max(1), rtol=1e-5)
     assert all(gradient_reaches(term, method.network.parameters()) for term in losses.terms.values())
-
-
-def test_state_travels_in_the_state_dict_and_takes_no_gradient():
-    method, other = build(), build()
-    method.losses(batch(), now())
-    other.load_state_dict(method.state_dict())
-    for name in ("marginal", "mean", "variance"):
-        assert torch.equal(getattr(method, name), getattr(other, name)), name
-        assert not getattr(method, name).requires_grad
-
-
-def test_published_defaults_and_no_waiting():
-    defaults = SoftMatchSettings()
-    assert (defaults.n_sigma, defaults.ema_p, defaults.alignment) == (2.0, 0.999, "uniform")
-    with pytest.raises(SettingError, match="'uniform', 'none'"):
-        SoftMatchSettings(alignment="labelled")
-    method = build()
-    with Watch() as watch:
-        method.losses(batch(), now(teacher=TinyNetwork(seed=3).eval()))
-    assert watch.seen == []

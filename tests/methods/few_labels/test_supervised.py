@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from repro.methods.few_labels.supervised import Supervised, SupervisedSettings
+from repro.methods.few_labels.baselines import Supervised, SupervisedSettings
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from repro.data.mask_views import Crop
-from repro.methods.few_masks.losses import cross_entropy
+from repro.methods.few_masks.common import cross_entropy
 from repro.train import Items, Now
 
 CLASSES, SIZE, MOMENTUM = 3, 6, 0.3

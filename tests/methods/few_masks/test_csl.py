@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from repro.data.mask_views import MaskViews
-from repro.methods.few_masks.csl import CSL, CSLSettings, csl_targets
-from repro.methods.few_masks.forward import threshold_targets
-from repro.methods.few_masks.losses import cross_entropy
-from repro.methods.few_masks.separation import image_weights
+from repro.methods.few_masks.common import cross_entropy, threshold_targets
+from repro.methods.few_masks.csl import CSL, CSLSettings, csl_targets, image_weights
 from repro.settings import SettingError
 from repro.train import Items
 from tests.methods.few_masks import fakes

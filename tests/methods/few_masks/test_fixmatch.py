@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from repro.methods.few_masks.fixmatch import FixMatch
+from repro.methods.few_masks.unimatch import FixMatch
 from repro.settings import SettingError
 from tests.methods.few_masks import fakes
 from tests.methods.few_masks.fakes import (

@@ -9,9 +9,8 @@ from torch import nn
 
 from repro.data.mask_views import MaskViews
 from repro.methods.few_masks import METHODS
-from repro.methods.few_masks.fixmatch import FixMatch
-from repro.methods.few_masks.forward import MaskMethod, PixelTargets, detached, threshold_targets
-from repro.methods.few_masks.losses import cross_entropy
+from repro.methods.few_masks.common import MaskMethod, PixelTargets, cross_entropy, detached, threshold_targets
+from repro.methods.few_masks.unimatch import FixMatch
 from repro.models.deeplab import deeplab
 from repro.train import IndexStream, Items, Losses, hash_seed, train
 from tests.methods.few_masks import fakes

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from repro.methods.few_masks.losses import LABELLED, OHEM_KEPT, cross_entropy, ohem, weighted_cross_entropy
+from repro.methods.few_masks.common import LABELLED, OHEM_KEPT, cross_entropy, ohem, weighted_cross_entropy
 
 
 def maps(seed, classes=4, size=(2, 5, 7), unknown=0.3):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from repro.methods.few_masks import separation
-from repro.methods.few_masks.separation import (
+from repro.methods.few_masks import csl as separation
+from repro.methods.few_masks.csl import (
     BLOCK,
     FEATURES,
     FORMS,
@@ -25,7 +25,6 @@ from repro.methods.few_masks.separation import (
     reliable_statistics,
     separate,
 )
-from tests.methods.few_labels.test_synchronisation import Watch
 
 
 def maps(seed, batch=2, classes=6, size=(9, 13), scale=3.0, dtype=torch.float32):
@@ -573,16 +572,6 @@ def test_ignored_pixels_are_as_if_cut_out():
 
 
 # How it runs
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_nothing_waits_for_the_device(scope):
-    probs = maps(29)
-    with Watch() as watch:
-        image_weights(probs, everywhere(probs), scope=scope)
-    assert watch.seen == []
-    weights, found = image_weights(probs.to("meta"), everywhere(probs).to("meta"), scope=scope)
-    assert weights.shape == (2, 9, 13) and found.label.dtype == torch.int64
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from repro.methods.few_masks.losses import ohem
-from repro.methods.few_masks.supervised import Supervised
+from repro.methods.few_masks.common import ohem
+from repro.methods.few_masks.unimatch import Supervised
 from tests.methods.few_masks import fakes
 from tests.methods.few_masks.fakes import NOW, Twin, build, compare, crops, labelled_loss, view
 

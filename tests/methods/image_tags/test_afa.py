@@ -8,11 +8,10 @@ from torch import nn
 from repro.cam import refined_labels
 from repro.methods.image_tags import METHODS
 from repro.methods.image_tags.afa import AFA, AFANetwork, AFASettings
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.common import Trunk
 from repro.models.vit import vit
 from repro.settings import SettingError
 from repro.train import Ema
-from tests.methods.few_labels.test_synchronisation import Watch
 from tests.methods.image_tags.fakes import (
     CLASSES,
     LAYOUT,
@@ -184,19 +183,6 @@ def test_images_without_a_sure_pixel_teach_no_affinity(monkeypatch):
     monkeypatch.setattr(method, "labels", lambda view, cam: torch.full((2, SIDE, SIDE), 255))
     terms = method.losses({"tagged": items(2)}, now(50)).terms
     assert terms["affinity"].item() == 0 and terms["segmentation"].item() == 0
-
-
-@pytest.mark.parametrize("step", [5, 15, 50])
-def test_no_step_waits(step):
-    method, samples = built(), items(2)
-    method.losses({"tagged": samples}, now(step))
-    with Watch() as watch:
-        terms = method.losses({"tagged": samples}, now(step)).terms
-    assert watch.seen == []
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = method.losses({"tagged": samples}, now(step)).terms
-    assert all(term.dtype == torch.float32 and term.isfinite() for term in rough.values())
-    assert rough.keys() == terms.keys()
 
 
 # What learns

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.image_tags.affinity import (
+from repro.methods.image_tags.afa import (
     affinity_loss,
     affinity_pairs,
     neighbours,
@@ -15,7 +15,6 @@ from repro.methods.image_tags.affinity import (
     symmetric_scores,
     transition,
 )
-from tests.methods.few_labels.test_synchronisation import Watch
 
 GRID, N = (3, 4), 12
 
@@ -244,15 +243,3 @@ def test_the_walk_in_half_precision_and_under_autocast():
         walked = random_walk(cam, transition(logits, neighbours(GRID, 1)))
     assert steps.dtype == walked.dtype == torch.float32
     torch.testing.assert_close(walked.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_nothing_waits_and_no_argument_is_changed():
-    labels, logits, cam = label_map(0), symmetric(1), normal(2, 2, 3, *GRID)
-    scores = [normal(3, 2, 1, N + 1, N + 1)]
-    given_values = [value.clone() for value in (labels, logits, cam, *scores)]
-    with Watch() as watch:
-        affinity_loss(logits, *affinity_pairs(labels, GRID, 2))
-        random_walk(cam, transition(logits, neighbours(GRID, 2)))
-        symmetric_scores(scores, 1)
-    assert watch.seen == []
-    assert all(torch.equal(a, b) for a, b in zip(given_values, (labels, logits, cam, *scores), strict=True))

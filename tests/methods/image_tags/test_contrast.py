@@ -7,15 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.image_tags.contrast import (
-    class_contrast,
-    cosines,
-    crop_contrast,
-    patch_contrast,
-    prototype_cam,
-    updated_prototypes,
-)
-from tests.methods.few_labels.test_synchronisation import Watch
+from repro.methods.image_tags.common import cosines, patch_contrast
+from repro.methods.image_tags.pcre import class_contrast, prototype_cam, updated_prototypes
+from repro.methods.image_tags.toco import crop_contrast
 
 B, N, C, D = 3, 6, 4, 5
 
@@ -201,14 +195,3 @@ def test_crop_contrast_does_not_overflow_and_leaves_the_teacher_alone():
     assert torch.autograd.gradcheck(lambda s: crop_contrast(s, teacher / 30, positive), small)
     no_negative = torch.ones_like(positive)
     assert torch.autograd.gradcheck(lambda s: crop_contrast(s, teacher / 30, no_negative), small)
-
-
-def test_nothing_waits_for_the_device():
-    patches, tokens = normal(2, B, N, D).requires_grad_(), normal(3, B, C, D).requires_grad_()
-    labels, tags = labels_of(4)
-    with Watch() as watch:
-        loss = patch_contrast(patches, labels) + class_contrast(tokens, patches, labels, tags)
-        loss = loss + crop_contrast(tokens, patches[:, :2], tags > 0)
-        prototype_cam(patches, updated_prototypes(tokens[0].detach(), tokens, tags), (2, 3))
-        loss.backward()
-    assert watch.seen == []

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from repro.methods.image_tags.crops import choose_crops, confidence_levels, cut
-from tests.methods.few_labels.test_synchronisation import Watch
+from repro.methods.image_tags.toco import choose_crops, confidence_levels, cut
 
 
 def generator(seed=0):
@@ -74,16 +73,6 @@ def test_the_mean_that_makes_a_crop_negative():
     _, negative = choose_crops(levels, 1, 5)
     assert negative[:, 0].tolist() == [True, False, True]
     assert choose_crops(levels, 1, 5, least=0.15)[1][:, 0].tolist() == [False, False, False]
-
-
-def test_the_draw_follows_the_generator_and_nothing_waits():
-    levels = torch.randint(0, 3, (2, 16, 16), generator=generator())
-    with Watch() as watch:
-        first, negative = choose_crops(levels, 4, 8, generator=generator(5))
-        cut(torch.rand(2, 3, 16, 16), first, 8)
-    assert watch.seen == []
-    assert torch.equal(first, choose_crops(levels, 4, 8, generator=generator(5))[0])
-    assert not torch.equal(first, choose_crops(levels, 4, 8, generator=generator(6))[0])
 
 
 @pytest.mark.parametrize("side, count", [(17, 1), (16, 2), (0, 1)])

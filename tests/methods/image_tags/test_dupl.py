@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from repro.cam import refined_labels
-from repro.methods.image_tags import dupl_labels
+from repro.methods.image_tags import dupl as dupl_labels
+from repro.methods.image_tags.common import Trunk
 from repro.methods.image_tags.dupl import DuPL, DuPLSettings, Pair
-from repro.methods.image_tags.trunk import Trunk
 from repro.settings import SettingError
 from tests.methods.image_tags.fakes import (
     CLASSES,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from repro.methods.image_tags.dupl_labels import (
+from repro.methods.image_tags.dupl import (
     VOC_TARGETS,
     class_thresholds,
     component_logs,
@@ -20,7 +20,6 @@ from repro.methods.image_tags.dupl_labels import (
     noisy_labels,
     two_means,
 )
-from tests.methods.few_labels.test_synchronisation import Watch
 
 
 def normal(seed, *shape):
@@ -251,14 +250,3 @@ def test_consistency_of_nothing_is_zero():
     for labels, threshold in ((torch.zeros(2, 3, 3), 0.9), (torch.full((2, 3, 3), 255), 1.0)):
         loss = consistency(strong, plain, labels, threshold)
         assert loss.item() == 0 and not torch.autograd.grad(loss, strong)[0].any()
-
-
-def test_nothing_waits_for_the_device():
-    loss, labels, _ = images()
-    logits = normal(6, 2, 3, 40, 40).requires_grad_()
-    with Watch() as watch:
-        labels = labels.masked_fill(noisy_labels(loss, labels).noisy, 255)
-        thresholds = image_thresholds(class_thresholds(3, 10, torch.tensor(VOC_TARGETS)), torch.ones(2, 20))
-        total = consistency(logits, logits, labels, 0.5) + discrepancy(logits[0], logits[1]) + thresholds.sum()
-        total.backward()
-    assert watch.seen == []

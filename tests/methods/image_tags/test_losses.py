@@ -6,18 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repro.methods.image_tags.losses import (
-    balanced_cross_entropy,
-    confidence_loss,
-    dense_energy,
-    energy_gate,
-    fused,
-    gated_energy,
-    refine_loss,
-    tag_loss,
-)
-from repro.methods.image_tags.regions import Pairs, shown_classes
-from tests.methods.few_labels.test_synchronisation import Watch
+from repro.methods.image_tags.common import balanced_cross_entropy, dense_energy, energy_gate, gated_energy, tag_loss
+from repro.methods.image_tags.pcre import Pairs, confidence_loss, fused, refine_loss, shown_classes
 
 B, C, H, W = 3, 4, 5, 6
 
@@ -223,17 +213,3 @@ def test_gate_by_hand():
     ignored = torch.tensor([[[False, False, True]]])
     torch.testing.assert_close(energy_gate(probs, ignored, torch.ones(1, 1, 3)), torch.tensor([[[0.1, 0.4, 1.0]]]))
     torch.testing.assert_close(energy_gate(probs, ignored, torch.zeros(1, 1, 3)), torch.tensor([[[0.0, 0.0, 1.0]]]))
-
-
-def test_nothing_waits_for_the_device():
-    tags, labels = tags_of(4), labels_of(5)
-    logits = normal(8, B, C + 1, H, W).requires_grad_()
-    with Watch() as watch:
-        pairs = shown_classes(tags)
-        loss = balanced_cross_entropy(logits, labels) + tag_loss(logits[:, :C, 0, 0], tags)
-        loss = loss + refine_loss(logits[:, :C].sigmoid(), pairs.shown, pairs, labels)
-        loss = loss + confidence_loss(logits[:, :C, 0, 0].sigmoid(), tags)
-        loss = loss + dense_energy(logits.softmax(1), torch.rand(B, 3, H, W), labels)
-        fused(logits[:, :C], logits[:, :C].sigmoid())
-        loss.backward()
-    assert watch.seen == []

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from repro.cam import refined_labels
-from repro.methods.image_tags import losses, regions
-from repro.methods.image_tags.pcre import PCRE, PCRESettings
-from repro.methods.image_tags.pcre_network import AUX, CAM, PROTOTYPES, REGIONS, PCRENetwork, RegionDecoder
+from repro.methods.image_tags import pcre as losses
+from repro.methods.image_tags import pcre as regions
+from repro.methods.image_tags.pcre import AUX, CAM, PCRE, PROTOTYPES, REGIONS, PCRENetwork, PCRESettings, RegionDecoder
 from repro.settings import SettingError
 from repro.train import Ema
 from tests.methods.image_tags.fakes import (

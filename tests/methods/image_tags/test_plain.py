@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from repro.cam import refined_labels
-from repro.methods.image_tags.plain import Plain, PlainSettings
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.common import Trunk
+from repro.methods.image_tags.toco import Plain, PlainSettings
 from repro.settings import SettingError
 from tests.methods.image_tags.fakes import (
     CLASSES,

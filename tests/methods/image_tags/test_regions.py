@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.methods.image_tags.maxima import largest, region_masks
-from repro.methods.image_tags.regions import (
+from repro.methods.image_tags.pcre import (
     Expansion,
     by_class,
     candidates,
@@ -17,13 +16,14 @@ from repro.methods.image_tags.regions import (
     grow,
     image_score,
     joint_confidence,
+    largest,
     radius,
     refined_regions,
+    region_masks,
     shown_classes,
     squared_distances,
 )
 from repro.settings import SettingError
-from tests.methods.few_labels.test_synchronisation import Watch
 
 
 def drawn(seed, batch=2, grid=(4, 5), classes=4, sharp=3.0):
@@ -261,7 +261,7 @@ def test_regions_behind_the_gate_are_the_loops(r, expand):
 
 
 def test_a_long_image_is_resized_in_parts(monkeypatch):
-    monkeypatch.setattr("repro.methods.image_tags.maxima.CHUNK", 1)
+    monkeypatch.setattr("repro.methods.image_tags.pcre.CHUNK", 1)
     masks, confidence, tags = drawn(5, grid=(5, 3))
     same(masks, confidence, tags, (20, 7), Expansion())
     same(masks, confidence, tags, (5, 3), Expansion())  # its own size: nothing to resize
@@ -320,17 +320,6 @@ def test_largest_is_the_argmax_of_each_set():
         chosen = values[image].masked_fill(~joined[image, place, :, None], -1)
         assert torch.equal(found[image, place], chosen.argmax(0))
     assert found.shape == (3, 3, 40) and found.ge(0).all() and found.lt(9).all()
-
-
-def test_nothing_waits_for_the_device():
-    masks, confidence, tags = drawn(7)
-    masks.requires_grad_()
-    with Watch() as watch:
-        for resize in ("each", "group"):
-            pairs = shown_classes(tags, 3)
-            regions = refined_regions(gate(masks, 2.0), confidence, pairs, (9, 9), Expansion(resize=resize))
-            by_class(regions.masks, pairs, 4).sum().backward()
-    assert watch.seen == []
 
 
 def test_rules_are_checked():

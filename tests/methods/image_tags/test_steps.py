@@ -9,12 +9,10 @@ import torch.nn.functional as F
 
 from repro.cam import refined_labels
 from repro.methods.image_tags.afa import AFA, AFANetwork, AFASettings
+from repro.methods.image_tags.common import Prediction, Trunk, tag_terms
 from repro.methods.image_tags.dupl import DuPL, DuPLSettings, Pair
 from repro.methods.image_tags.pcre import PCRE, PCRESettings
-from repro.methods.image_tags.plain import Plain, PlainSettings
-from repro.methods.image_tags.steps import tag_terms
-from repro.methods.image_tags.toco import ToCo, ToCoSettings
-from repro.methods.image_tags.trunk import Prediction, Trunk
+from repro.methods.image_tags.toco import Plain, PlainSettings, ToCo, ToCoSettings
 from tests.methods.image_tags.fakes import (
     CLASSES,
     SIDE,

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from repro.methods.image_tags.crops import choose_crops
-from repro.methods.image_tags.toco import BOTTLENECK, EMBEDDING, Projection, ToCo, ToCoSettings
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.common import Trunk
+from repro.methods.image_tags.toco import BOTTLENECK, EMBEDDING, Projection, ToCo, ToCoSettings, choose_crops
 from repro.settings import SettingError
 from tests.methods.image_tags.fakes import (
     CLASSES,

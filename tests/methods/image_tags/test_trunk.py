@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from repro.methods.image_tags.trunk import Trunk
+from repro.methods.image_tags.common import Trunk
 from tests.methods.image_tags.fakes import (
     CLASSES,
     LAYOUT,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from repro.data.mask_views import MaskViews
-from repro.methods.scribbles.steps import BLUR
+from repro.methods.scribbles.common import BLUR
 from repro.train import Items, Now
 from tests.methods.few_masks.fakes import CLASSES, TinyNetwork
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repro.methods.scribbles.dense_gd import DenseGD, DenseGDSettings, for_crop
+from repro.methods.scribbles.baselines import DenseGD, DenseGDSettings, for_crop
 from repro.settings import SettingError
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, build

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from repro.methods.scribbles import METHODS
-from repro.methods.scribbles.full import Full
+from repro.methods.scribbles.baselines import Full
 from repro.train import Items
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import FIRST, SECOND, build

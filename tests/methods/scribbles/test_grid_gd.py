@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from repro.methods.scribbles.grid_gd import GridGD, GridGDSettings
+from repro.methods.scribbles.baselines import GridGD, GridGDSettings
 from repro.settings import SettingError
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, build

@@ -3,8 +3,7 @@
 import pytest
 
 from repro.methods.scribbles import METHODS, settings_for
-from repro.methods.scribbles.lengths import PUBLISHED, Tuned, tuned_for
-from repro.methods.scribbles.losses import outlier_model
+from repro.methods.scribbles.common import PUBLISHED, Tuned, outlier_model, tuned_for
 from repro.settings import SettingError, replace
 from repro.solvers.cuts import SolverSettings
 from tests.methods.scribbles import fakes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from repro.methods.scribbles.partial_ce import PartialCE
+from repro.methods.scribbles.baselines import PartialCE
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import FIRST, SECOND, build
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from repro.methods.scribbles import proposals as module
-from repro.methods.scribbles.proposals import refresh, report
+from repro.methods.scribbles import trust_region as module
+from repro.methods.scribbles.trust_region import refresh, report
 from repro.solvers.cuts import SolverSettings, solve
 from repro.solvers.potts import contrast_grid, problems, proposal_energy
 from repro.train import Items

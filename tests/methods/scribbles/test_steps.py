@@ -8,12 +8,10 @@ import torch
 
 from repro.data.mask_views import normalise
 from repro.methods.scribbles import METHODS
-from repro.methods.scribbles.losses import partial_cross_entropy
-from repro.methods.scribbles.steps import BLUR
+from repro.methods.scribbles.common import BLUR, partial_cross_entropy
 from repro.models.deeplab import deeplab
 from repro.settings import SettingError
 from repro.train import seed_everything, train
-from tests.data.test_mask_views import NoHostReads
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import FIRST, SECOND, START, build
 from tests.test_train import ToyRecipe
@@ -81,15 +79,6 @@ def test_blur_is_the_views_own_and_changes_no_place():
 def test_blurs_have_the_published_distribution_and_no_other_colour():
     assert (BLUR.jitter, BLUR.grey, BLUR.solarise, BLUR.blur, BLUR.sigma_high) == (0, 0, 0, 0.5, 1.0)
     assert 0 < BLUR.sigma_low <= 1e-3
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "adm"])
-@pytest.mark.parametrize("now", [FIRST, SECOND], ids=["first", "second"])
-def test_a_step_never_waits_for_the_device(name, now):
-    built, stream = build(METHODS[name]), "masks" if name == "full" else "scribbles"
-    with NoHostReads():
-        losses = built.losses({stream: fakes.items()}, now)
-        sum(losses.terms.values()).backward()
 
 
 @pytest.mark.parametrize("name", METHODS)
