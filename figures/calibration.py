@@ -18,11 +18,10 @@ from figures.style import Drawing, label_of, message, say, setting, start, style
 from figures.tables import NOT_RUN, summarise
 from repro.data import splits
 from repro.experiment import Experiment, resolve
-from repro.grid import PAPERS, Column, Table, place
+from repro.grid import PAPERS, Column, Table, column_of
 from repro.measure import calibration
 from repro.measure.metrics import METRICS
-from repro.methods.few_labels.calibratemix import CalibrateMixSettings
-from repro.methods.few_labels.calibratemix import halves
+from repro.methods.few_labels.calibratemix import CalibrateMixSettings, halves
 from repro.runs import folder_of, is_finished, load_outputs
 
 HALVES = {"hard": style.ORANGE, "easy": style.BLUE}
@@ -275,7 +274,7 @@ def calibratemix_figures(scale: str, seeds: Sequence[int], root: Path | None = N
     module = PAPERS["calibratemix"]
     table = module.TABLES["main"]
     experiments = module.main_experiments(scale, seeds)
-    column = place(experiments[0])
+    column = column_of(experiments[0])
     alone = {row.method: row for row in table.rows if row.method != "calibratemix"}
     mixed = [row for row in table.rows if set(row.overrides) == {"base"}]
     pairs = [tuple(table.cell(row, column, scale, (seeds[0],))[0] for row in (alone[common.base_of(one)], one))

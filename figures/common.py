@@ -21,11 +21,11 @@ from figures import style
 from figures.claims import statistic
 from figures.style import INK, Drawing, by_seed, label_of, message, say, start, style_of, themed, where
 from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, published_grid, shared_seeds, summarise
-from repro.data.masks import IGNORE, palette
 from repro.data.folders import MASK_SOURCES
+from repro.data.masks import IGNORE, palette
 from repro.data.scenes import DEFAULT
 from repro.experiment import Experiment
-from repro.grid import PAPERS, Column, Row, Table, place
+from repro.grid import PAPERS, Column, Row, Table, column_of
 from repro.measure.metrics import METRICS, Metric
 from repro.methods.few_labels.calibratemix import CalibrateMixSettings
 from repro.papers.published import NOT_AVAILABLE
@@ -491,7 +491,7 @@ def table_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | Non
     """A paper's first table where its main job runs, and the ablations of which two rows or more have been run."""
     module = PAPERS[paper]
     experiments = module.main_experiments(scale, seeds)
-    table, column = next(iter(module.TABLES.values())), place(experiments[0])
+    table, column = next(iter(module.TABLES.values())), column_of(experiments[0])
     rows = [row.label for row in table.rows if table.cell(row, column, scale, seeds)[0] in experiments]
     how = {"root": root, "metrics": module.HEADLINES}
     drawn = [("main", table.title, table_points(table.only(rows), scale, seeds, column=column, **how))]

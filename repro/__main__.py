@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
     report.add_argument("--runs", type=Path, help=RUNS)
     report.add_argument(
-        "--publish", action="store_true", help="renew figures/ and README.md too, where no committed run is dropped"
+        "--publish", action="store_true", help="renew figures/rendered/ too, where no committed run is dropped"
     )
     report.set_defaults(call=_report)
 
@@ -166,18 +166,11 @@ def _rerun(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from figures import report
     from repro import runs
-    from repro.batch.reproduce import CHECKOUT, unpublished
-    from repro.recipe import SCALES
-    from repro.settings import unknown
+    from repro.batch import report
 
-    if options.scale not in SCALES:
-        raise unknown("scale", options.scale, SCALES)
-    seeds, root = tuple(_seeds(options)), options.runs or runs.runs_folder()
-    if options.publish and (reason := unpublished(options.scale, seeds, root)):
-        raise SettingError(f"not published: {reason}; train it, or delete figures/runs.csv first if it is to go")
-    print(report.build(options.scale, seeds, root, CHECKOUT if options.publish else None))
+    root = options.runs or runs.runs_folder()
+    print(report.build(options.scale, tuple(_seeds(options)), root, options.publish))
     return 0
 
 

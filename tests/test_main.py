@@ -8,10 +8,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from figures import exchange, report
+from figures import exchange
 from repro import runs
 from repro.__main__ import main, parse_override
-from repro.batch import plan
+from repro.batch import plan, report
 from repro.experiment import Experiment, run_id
 from repro.files import CorruptFile
 from repro.settings import SettingError
@@ -253,5 +253,5 @@ def test_report_builds_from_the_runs_that_are_there_and_commits_nothing(monkeypa
     monkeypatch.setattr(report, "build", lambda *chosen: asked.append(chosen) or tmp_path / "index.html")
     assert main(["report", "--scale", "tiny", "--seeds", "2", "--runs", str(tmp_path)]) == 0
     assert main(["report"]) == 0
-    assert asked == [("tiny", (0, 1), tmp_path, None), ("mini", (0, 1, 2, 3, 4), runs.runs_folder(), None)]
+    assert asked == [("tiny", (0, 1), tmp_path, False), ("mini", (0, 1, 2, 3, 4), runs.runs_folder(), False)]
     assert capsys.readouterr().out == f"{tmp_path / 'index.html'}\n" * 2
