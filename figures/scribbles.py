@@ -91,10 +91,10 @@ def by_length(
 
 def _missing(experiments: Sequence[Experiment], done: Iterable[Experiment]) -> str:
     """A caption of the methods, and of the lengths of scribbles, that did not run at all."""
-    names, lengths = ([dict.fromkeys(of(item) for item in items) for items in (experiments, done)]
-                      for of in (label_of, lambda item: item.labels if item.method != CEILING else None))  # fmt: skip
-    parts = [name for name in names[0] if name not in names[1]]
-    parts += [f"length {length} %" for length in lengths[0] if length not in lengths[1] and length is not None]
+    ran = {label_of(item) for item in done}
+    names = dict.fromkeys(label_of(item) for item in experiments if label_of(item) not in ran)
+    asked, had = ({item.labels for item in items if item.method != CEILING} for items in (experiments, done))
+    parts = [*names, *(f"length {length} %" for length in sorted(asked - had))]
     return f"{NOT_RUN}: {', '.join(parts)}" if parts else ""
 
 
