@@ -44,7 +44,9 @@ def build(
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
     if publish and (reason := unpublished(scale, seeds, root)):
-        raise SettingError(f"not published: {reason}; train it, or delete {RENDERED.name}/runs.csv first")
+        raise SettingError(
+            f"not published: {reason}; train it, or delete {records.COMMITTED_RUNS.name} first if it is to go"
+        )
     root = Path(root).resolve()
     folder = root / f"report-{scale}"
     page, made = folder / "index.html", folder / "inputs.json"
@@ -56,10 +58,9 @@ def build(
         _execute_all(scale, seeds, root, folder, publish, progress)
         _convert_all(root, folder)
         write_json(made, _inputs(scale, seeds, root) | {"published": publish})
-    cells = nbformat.read(folder / "index.ipynb", as_version=4).cells
-    for output in (one for cell in cells if TOLD in cell.metadata.get("tags", []) for one in cell.outputs):
-        if output.output_type == "stream":
-            progress(output.text.strip())
+    for cell in read_json(folder / "index.ipynb")["cells"]:
+        for output in cell.get("outputs", []) if TOLD in cell["metadata"].get("tags", []) else []:
+            progress("".join(output.get("text", [])).strip()) if "text" in output else None
     return page
 
 
@@ -137,8 +138,9 @@ def would_train(paper: str, scale: str, root: Path) -> bool:
 def _execute(name: str, to: Path, parameters: dict[str, Any]) -> None:
     """Execute a notebook by papermill in a process of its own."""
     given = [word for key, value in parameters.items() if value is not None for word in ("-p", key, str(value))]
-    command = [sys.executable, "-m", "papermill", str(NOTEBOOKS / f"{name}.ipynb"), str(to), "--no-progress-bar"]
-    done = subprocess.run([*command, *given], capture_output=True, text=True, cwd=NOTEBOOKS)
+    notebook = str(NOTEBOOKS / f"{name}.ipynb")
+    command = [sys.executable, "-m", "papermill", notebook, str(to), "--no-progress-bar", *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=NOTEBOOKS)
     if done.returncode:
         raise RuntimeError(f"{name}.ipynb: papermill failed\n{done.stderr[-3000:]}")
 
