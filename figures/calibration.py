@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +13,7 @@ from figures import common, style
 from figures.claims import statistic
 from figures.common import Drawn
 from figures.labels import image_bins, label_figures
-from figures.style import Drawing, label_of, message, say, setting, start, style_of, themed, where
+from figures.style import Drawing, Root, Runs, label_of, message, say, setting, start, style_of, themed, where
 from figures.tables import NOT_RUN, summarise
 from repro.data import splits
 from repro.experiment import Experiment, resolve
@@ -41,7 +40,7 @@ class Predictions:
     temperature: float | None
 
     @classmethod
-    def of(cls, experiment: Experiment, root: Path | None = None) -> "Predictions":
+    def of(cls, experiment: Experiment, root: Root = None) -> "Predictions":
         """Those that a finished run keeps."""
         kept = load_outputs(folder_of(experiment, root))
         fitted = None
@@ -59,7 +58,7 @@ class Predictions:
 
 
 def before_and_after(
-    pairs: Sequence[tuple[Experiment, Experiment]], root: Path | None = None, bins: int = 15, resamples: int = 300
+    pairs: Sequence[tuple[Experiment, Experiment]], root: Root = None, bins: int = 15, resamples: int = 300
 ) -> Figure:
     """Reliability of each base and of base + CalibrateMix, each also after temperature scaling; a row a pair.
 
@@ -99,7 +98,7 @@ def short_label(experiment: Experiment) -> str:
 
 
 def ece_bars(
-    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | None = None, rule: str = "last",
+    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Root = None, rule: str = "last",
     weights: str = "ema", metrics: Sequence[str] = ("ece_15", "ece_10_left"),
 ) -> Figure:  # fmt: skip
     """ECE of each row of a table by label count, as `common.table_bars`."""
@@ -109,7 +108,7 @@ def ece_bars(
 
 @themed
 def accuracy_against_ece(
-    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | None = None, rule: str = "last",
+    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Root = None, rule: str = "last",
     weights: str = "ema", column: Column | None = None,
 ) -> Figure:  # fmt: skip
     """Every row of a table as a point, accuracy against ECE, as trained and after temperature scaling.
@@ -153,7 +152,7 @@ def accuracy_against_ece(
 # Over training
 
 
-def calibration_curves(experiments: Sequence[Experiment], root: Path | None = None, weights: str = "ema") -> Figure:
+def calibration_curves(experiments: Runs, root: Root = None, weights: str = "ema") -> Figure:
     """Test accuracy, ECE and NLL over the steps; dotted: CalibrateMix begins to mix."""
     panels = {f"test {METRICS[name].title}": name for name in ("accuracy", "ece_15", "nll")}
     methods = [resolve(item).method for item in experiments]
@@ -193,7 +192,7 @@ class Margins:
         return dataclasses.replace(self, **parts)
 
 
-def read_margins(experiment: Experiment, root: Path | None = None) -> tuple[Margins, Margins] | None:
+def read_margins(experiment: Experiment, root: Root = None) -> tuple[Margins, Margins] | None:
     """AUM of labelled and APM of unlabelled images of a finished run; None for one that keeps none."""
     kept = load_outputs(folder_of(experiment, root))
     if "aum" not in kept:
@@ -211,7 +210,7 @@ def read_margins(experiment: Experiment, root: Path | None = None) -> tuple[Marg
 
 @themed
 def margin_histograms(
-    experiment: Experiment, root: Path | None = None, data_root: Path | None = None, examples: int = EXAMPLES
+    experiment: Experiment, root: Root = None, data_root: Root = None, examples: int = EXAMPLES
 ) -> Figure:
     """Histograms of AUM and APM, split at the median into hard and easy, and the hardest and easiest images of each.
 
@@ -269,7 +268,7 @@ def _histogram(axes: Axes, margins: Margins, kind: str) -> None:
 # The report's
 
 
-def calibratemix_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
+def calibratemix_figures(scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     """As `labels.commatch_figures`."""
     module = PAPERS["calibratemix"]
     table = module.TABLES["main"]

@@ -5,7 +5,6 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from figures import style
 from figures.claims import statistic
-from figures.style import INK, Drawing, by_seed, label_of, message, say, start, style_of, themed, where
+from figures.style import INK, Drawing, Root, Runs, by_seed, label_of, message, say, start, style_of, themed, where
 from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, published_grid, shared_seeds, summarise
 from repro.data.folders import MASK_SOURCES
 from repro.data.masks import IGNORE, palette
@@ -190,7 +189,7 @@ def outside_legend(figure: Figure, axes: Axes, columns: int = 4, **keys) -> None
 # Runs and captions
 
 
-def unavailable(title: str, experiments: Iterable[Experiment], root: Path | None) -> Figure:
+def unavailable(title: str, experiments: Iterable[Experiment], root: Root) -> Figure:
     """A figure that tells why there is none: the runs are not there, or do not keep what it needs."""
     experiments = list(experiments)
     why = "nothing of this was kept" if any(is_finished(item, root) for item in experiments) else NOT_RUN
@@ -204,7 +203,7 @@ def absent(experiments: Iterable[Experiment], others: Collection[Experiment], wh
     return f"{why}: {', '.join(names)}" if names else ""
 
 
-def banded(experiments: Sequence[Experiment]) -> str:
+def banded(experiments: Runs) -> str:
     """Where runs were made, and what a band is if there are several seeds."""
     return where(experiments) + "; band: range over seeds" * (len({item.seed for item in experiments}) > 1)
 
@@ -215,12 +214,12 @@ def reporting(rule: str, weights: str) -> str:
     return f"{RULES[rule]}, {WEIGHTS[weights]}"
 
 
-def reported(experiment: Experiment, root: Path | None, rule: str, weights: str) -> dict:
+def reported(experiment: Experiment, root: Root, rule: str, weights: str) -> dict:
     """What a finished run reports by a rule and kind of weights."""
     return load_metrics(folder_of(experiment, root))["reported"][rule][weights]
 
 
-def rows_of(experiment: Experiment, root: Path | None, kind: str) -> list[dict]:
+def rows_of(experiment: Experiment, root: Root, kind: str) -> list[dict]:
     """A run's history rows of a kind."""
     return load_history(folder_of(experiment, root)).of(kind)
 
@@ -244,7 +243,7 @@ def counted(group: Sequence[Experiment], found: Sequence) -> str:
 
 
 @themed
-def loss_curves(experiment: Experiment, root: Path | None = None) -> Figure:
+def loss_curves(experiment: Experiment, root: Root = None) -> Figure:
     """Weighted loss terms and their sum over the steps of a run, finished or under way (ComMatch, Fig. 2a)."""
     title, rows = f"Loss terms of {label_of(experiment)}", rows_of(experiment, root, "train")
     if not rows:
@@ -264,7 +263,7 @@ def loss_curves(experiment: Experiment, root: Path | None = None) -> Figure:
 
 @themed
 def over_training(
-    title: str, experiments: Sequence[Experiment], root: Path | None,
+    title: str, experiments: Runs, root: Root,
     panels: Mapping[str, str | Callable[[dict], float | None]], weights: str = "", captions: Sequence[str] = (),
     columns: int = 0, marks: Mapping[float, str] | None = None, place: str = "",
 ) -> Figure:  # fmt: skip
@@ -335,7 +334,7 @@ def reliability_figure(
 @themed
 def class_bars(
     title: str, names: Sequence[str], panels: Mapping[str, Callable[[dict], Sequence[float | None]]],
-    experiments: Sequence[Experiment], root: Path | None, rule: str, weights: str, most: float = math.inf,
+    experiments: Runs, root: Root, rule: str, weights: str, most: float = math.inf,
 ) -> Figure:  # fmt: skip
     """Bars by class and method, a panel a quantity. panels: label -> its values of `names` in a report.
 
@@ -389,7 +388,7 @@ def base_of(row: Row) -> str:
 
 @themed
 def table_bars(
-    title: str, table: Table, scale: str, seeds: Sequence[int], root: Path | None, rule: str, weights: str,
+    title: str, table: Table, scale: str, seeds: Sequence[int], root: Root, rule: str, weights: str,
     metrics: Sequence[str],
 ) -> Figure:  # fmt: skip
     """A panel a metric, with bars of each row of a table by column: mean, deviation, seeds, and n above.
@@ -421,7 +420,7 @@ def table_bars(
 
 @themed
 def table_points(
-    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | None = None, rule: str = "last",
+    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Root = None, rule: str = "last",
     weights: str = "ema", column: Column | None = None, metrics: Sequence[str] = ("error", "ece_15"),
 ) -> Figure:  # fmt: skip
     """Rows of a table or an ablation as points: seeds, mean and deviation; the paper's own cell at the right.
@@ -457,7 +456,7 @@ def table_points(
 
 
 def seeds_drawn(
-    table: Table, column: Column, scale: str, seeds: Sequence[int], root: Path | None = None
+    table: Table, column: Column, scale: str, seeds: Sequence[int], root: Root = None
 ) -> tuple[tuple[int, ...], str]:
     """Which of `seeds` a figure of a table draws, and words for them.
 
@@ -487,7 +486,7 @@ def _published_beside(axes: Axes, table: Table) -> None:
     axes.annotate(heading, (1.02, 1.0), xycoords="axes fraction", va="bottom", fontsize=8, color="0.35")
 
 
-def table_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
+def table_figures(paper: str, scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     """A paper's first table where its main job runs, and the ablations of which two rows or more have been run."""
     module = PAPERS[paper]
     experiments = module.main_experiments(scale, seeds)
@@ -501,7 +500,7 @@ def table_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | Non
     return drawn
 
 
-def filled(table: Table, column: Column, scale: str, seeds: Sequence[int], root: Path | None) -> int:
+def filled(table: Table, column: Column, scale: str, seeds: Sequence[int], root: Root) -> int:
     """How many cells of a column have a finished run."""
     cells = (table.cell(row, column, scale, seeds) for row in table.rows)
     return sum(any(is_finished(item, root) for item in cell) for cell in cells)
@@ -542,7 +541,7 @@ def image_grid(
     return figure, grid
 
 
-def heads_of(done: Iterable[Experiment], root: Path | None, metric: str) -> list[str]:
+def heads_of(done: Iterable[Experiment], root: Root, metric: str) -> list[str]:
     """What stands above the images of each run: method, seed if there are several, and a metric of all test images."""
     several = len({item.seed for item in done}) > 1
     names = [textwrap.fill(label_of(item) + f", seed {item.seed}" * several, 15) for item in done]

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -12,7 +11,7 @@ from torch import Tensor
 from figures import common, style
 from figures.claims import INSTABILITY_BINS, instability_correlation
 from figures.common import Drawn
-from figures.style import label_of, message, setting, start, style_of, themed, where
+from figures.style import Root, Runs, label_of, message, setting, start, style_of, themed, where
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS
@@ -21,13 +20,13 @@ from repro.methods.few_labels import commatch
 from repro.runs import folder_of, is_finished, load_outputs
 
 
-def accuracy_curves(experiments: Sequence[Experiment], root: Path | None = None, weights: str = "ema") -> Figure:
+def accuracy_curves(experiments: Runs, root: Root = None, weights: str = "ema") -> Figure:
     """Test accuracy and ECE over the steps (ComMatch, Fig. 2b, 3)."""
     panels = {"test accuracy (%)": "accuracy", "test ECE (%), 15 bins": "ece_15"}
     return common.over_training("Accuracy and calibration over training", experiments, root, panels, weights)
 
 
-def pseudo_label_quality(experiments: Sequence[Experiment], root: Path | None = None) -> Figure:
+def pseudo_label_quality(experiments: Runs, root: Root = None) -> Figure:
     """Coverage, accuracy and ECE of the pseudo-labels over the steps; positives and negatives apart.
 
     Measured against hidden labels, which no method sees; gaps in a line: nothing was selected.
@@ -69,9 +68,7 @@ def threshold_schedules(experiment: Experiment) -> Figure:
     return figure
 
 
-def reliability_diagrams(
-    experiments: Sequence[Experiment], root: Path | None = None, bins: int = 15, resamples: int = 300
-) -> Figure:
+def reliability_diagrams(experiments: Runs, root: Root = None, bins: int = 15, resamples: int = 300) -> Figure:
     """Test accuracy against confidence of each run, and ECE with its bootstrap interval above (ComMatch, Fig. 4)."""
     panels = []
     for item in experiments:
@@ -96,9 +93,7 @@ def image_bins(confidence: Tensor, correct: Tensor, bins: int, resamples: int) -
 
 
 @themed
-def ece_against_instability(
-    experiments: Sequence[Experiment], root: Path | None = None, resamples: int = 200
-) -> Figure:
+def ece_against_instability(experiments: Runs, root: Root = None, resamples: int = 200) -> Figure:
     """ECE of unlabelled images in tenths by instability, and how many have which (ComMatch, Fig. 5).
 
     Instability: deviation over the dropout passes at the argmax class. Tenths, since the ECEs of groups of equal
@@ -144,7 +139,7 @@ def top_of_passes(passes: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor
     return deviation.gather(1, label[:, None])[:, 0][known], confidence[known], (label == truth)[known]
 
 
-def label_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
+def label_figures(paper: str, scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     """What every classification paper shows of its main job, its first table, and the ablations that have been run."""
     experiments, drawn = PAPERS[paper].main_experiments(scale, seeds), []
     finished = [item for item in experiments if is_finished(item, root)]
@@ -158,7 +153,7 @@ def label_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | Non
     return drawn + common.table_figures(paper, scale, seeds, root)
 
 
-def commatch_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
+def commatch_figures(scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     """ComMatch's Figs. 2 to 5 and its thresholds, then the common ones, as far as runs are finished."""
     whole = [item for item in PAPERS["commatch"].main_experiments(scale, seeds) if item.method == "commatch"]
     done = [item for item in whole if is_finished(item, root)]

@@ -1,7 +1,6 @@
 """CSL's further figures: predicted masks, IoU, pixel calibration, and which pixels are learned from over training."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from figures import common, style
 from figures.common import Drawn
 from figures.plane import confidence_plane, weight_maps
-from figures.style import by_seed, label_of, start, themed, where
+from figures.style import Root, Runs, by_seed, label_of, start, themed, where
 from figures.tables import NOT_RUN, summarise
 from repro.experiment import Experiment
 from repro.grid import PAPERS, Table
@@ -26,7 +25,7 @@ LEAST = 1e-3  # mean weight of a range whose accuracy is drawn
 
 
 @themed
-def qualitative_masks(experiments: Sequence[Experiment], root: Path | None = None, images: int = 6) -> Figure:
+def qualitative_masks(experiments: Runs, root: Root = None, images: int = 6) -> Figure:
     """Test images with their truth and the prediction of each finished run; mIoU over all test images above.
 
     experiments: of one data set and scale, the seeds of a method apart. images: how many, from the first.
@@ -46,18 +45,14 @@ def qualitative_masks(experiments: Sequence[Experiment], root: Path | None = Non
     return common.image_grid(title, [where(done), common.absent(experiments, done)], heads, rows, names, maps)[0]
 
 
-def per_class_iou(
-    experiments: Sequence[Experiment], root: Path | None = None, rule: str = "last", weights: str = "ema"
-) -> Figure:
+def per_class_iou(experiments: Runs, root: Root = None, rule: str = "last", weights: str = "ema") -> Figure:
     """IoU of each class on the test images by method, and their mean."""
     names = [*common.classes_of(experiments[0].data), "mean"]
     panels = {"IoU (%)": lambda run: [*run["iou"], run["miou"]]}
     return common.class_bars("IoU by class", names, panels, experiments, root, rule, weights)
 
 
-def pixel_reliability(
-    experiments: Sequence[Experiment], root: Path | None = None, rule: str = "last", weights: str = "ema"
-) -> Figure:
+def pixel_reliability(experiments: Runs, root: Root = None, rule: str = "last", weights: str = "ema") -> Figure:
     """Accuracy against confidence of test pixels, bins as stored; bars: all seeds together, dots: each seed.
 
     No intervals: the pixels of an image are not independent, so resampling them would promise too much.
@@ -82,7 +77,7 @@ def pixel_reliability(
 
 
 def miou_by_budget(
-    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | None = None, rule: str = "last",
+    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Root = None, rule: str = "last",
     weights: str = "ema", metrics: Sequence[str] = MEASURED,
 ) -> Figure:  # fmt: skip
     """mIoU and pixel ECE of each row of a table by number of masks, as `common.table_bars`."""
@@ -94,7 +89,7 @@ def miou_by_budget(
 
 
 def training_curves(
-    experiments: Sequence[Experiment], root: Path | None = None, weights: str = "ema", metrics: Sequence[str] = MEASURED
+    experiments: Runs, root: Root = None, weights: str = "ema", metrics: Sequence[str] = MEASURED
 ) -> Figure:
     """Metrics of test images over the steps. metrics: names in METRICS."""
     panels = {f"{'pixel ' * (name == 'ece_15')}{METRICS[name].title}": name for name in metrics}
@@ -106,7 +101,7 @@ def _pixels(row: dict) -> dict:
     return row["pseudo"].get("pixels", {})
 
 
-def selection_over_training(experiments: Sequence[Experiment], root: Path | None = None) -> Figure:
+def selection_over_training(experiments: Runs, root: Root = None) -> Figure:
     """Weight and accuracy of pseudo-labels over the steps, and the wrong pixels that are learned from.
 
     Measured against hidden masks; gaps in a line: nothing had weight.
@@ -128,7 +123,7 @@ def selection_over_training(experiments: Sequence[Experiment], root: Path | None
 
 
 @themed
-def selection_by_confidence(experiments: Sequence[Experiment], root: Path | None = None) -> Figure:
+def selection_by_confidence(experiments: Runs, root: Root = None) -> Figure:
     """Weight and accuracy in ranges of confidence: at the end of training, and over it as maps. A column a method.
 
     Means over seeds; hatched: no pixel, or too little weight for an accuracy. Ranges (lo, hi] are drawn equally wide.
@@ -170,7 +165,7 @@ def selection_by_confidence(experiments: Sequence[Experiment], root: Path | None
     return figure
 
 
-def _ranges(group: Sequence[Experiment], root: Path | None) -> dict | None:
+def _ranges(group: Sequence[Experiment], root: Root) -> dict | None:
     """Means over seeds by step and range (steps, E), at the steps that all runs have; None without pseudo-labels."""
     runs = [{row["step"]: _pixels(row)["ranges"] for row in common.rows_of(item, root, "train") if _pixels(row)}
             for item in group]  # fmt: skip
@@ -189,7 +184,7 @@ def _ranges(group: Sequence[Experiment], root: Path | None) -> dict | None:
 # The report's
 
 
-def csl_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
+def csl_figures(scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     """As `labels.commatch_figures`."""
     module = PAPERS["csl"]
     experiments = module.main_experiments(scale, seeds)

@@ -5,7 +5,6 @@ Hidden masks of the pool are for these figures alone; no method sees them.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from figures import style
 from figures.common import class_colours, classes_of, image_grid, image_panel, outside_legend, picture, unavailable
-from figures.style import label_of, start, themed, where
+from figures.style import Root, label_of, start, themed, where
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
 from repro.methods.few_masks.csl import Reliable, pixel_weights, reliable_statistics, separate
@@ -89,7 +88,7 @@ class Moment:
         return f"keeps {100 * share:.1f} %" + (f", {100 * accuracy:.1f} % right" if share > 0 else "")
 
 
-def read_moment(experiment: Experiment, root: Path | None = None, moment: int = -1) -> Moment | None:
+def read_moment(experiment: Experiment, root: Root = None, moment: int = -1) -> Moment | None:
     """An evaluation of a finished run, counted as in a sequence; None for a run that is not finished or keeps none.
 
     Raises SettingError for a moment that is not there.
@@ -121,7 +120,7 @@ def selection(weight: Tensor, right: Tensor, known: Tensor) -> tuple[float, floa
 
 @themed
 def confidence_plane(
-    experiment: Experiment, root: Path | None = None, image: int | str = 0, moment: int = -1, threshold: float = 0.95,
+    experiment: Experiment, root: Root = None, image: int | str = 0, moment: int = -1, threshold: float = 0.95,
     alpha: float = 8.0, rule: str = "or", features: str = "both",
 ) -> Figure:  # fmt: skip
     """Pixels by confidence and residual variance, right and wrong, what a threshold keeps and what CSL (CSL, Fig. 1).
@@ -236,7 +235,7 @@ def _boundaries(axes: Axes, reliable: Reliable, how: dict, shaded: bool) -> None
 
 @themed
 def weight_maps(
-    experiment: Experiment, root: Path | None = None, images: int = 4, moment: int = -1, threshold: float = 0.95,
+    experiment: Experiment, root: Root = None, images: int = 4, moment: int = -1, threshold: float = 0.95,
     **rule: Any,
 ) -> Figure:  # fmt: skip
     """Images of the pool with truth, pseudo-label, its errors, the threshold's choice and CSL's weight.

@@ -4,14 +4,13 @@ Hidden masks of training images are for these figures alone; of the methods, onl
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from figures import common
-from figures.style import label_of, message, themed, where
+from figures.style import Root, Runs, label_of, message, themed, where
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment
 from repro.grid import EMBEDDED
@@ -22,7 +21,7 @@ CEILING = "full"  # the method that sees masks: a level, whatever the scribbles'
 
 
 @themed
-def length_panels(experiment: Experiment, root: Path | None = None, images: int = 2) -> Figure:
+def length_panels(experiment: Experiment, root: Root = None, images: int = 2) -> Figure:
     """Training images of a run under scribbles of every published length, and the truth that they are drawn into.
 
     images: how many, from the first. Below a scribble: how much of the image it marks. Scribbles in files were drawn by
@@ -51,7 +50,7 @@ def length_panels(experiment: Experiment, root: Path | None = None, images: int 
 
 
 @themed
-def proposal_panels(experiment: Experiment, root: Path | None = None, images: int = 4) -> Figure:
+def proposal_panels(experiment: Experiment, root: Root = None, images: int = 4) -> Figure:
     """Training images of a run with scribble, last proposal, prediction and hidden truth.
 
     images: how many, from the first. Below a map: how much of it is right.
@@ -67,7 +66,7 @@ def proposal_panels(experiment: Experiment, root: Path | None = None, images: in
 
 
 @themed
-def method_panels(experiments: Sequence[Experiment], root: Path | None = None, images: int = 4) -> Figure:
+def method_panels(experiments: Runs, root: Root = None, images: int = 4) -> Figure:
     """Training images with scribble, the prediction of each finished run and hidden truth; test mIoU above.
 
     experiments: of one data set, scale, seed and length, one a method; full supervision may have any length. images:

@@ -5,7 +5,6 @@ Hidden masks of training images are for these figures alone; of the methods, onl
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from figures import common, style
 from figures.claims import statistic
 from figures.common import Drawn
 from figures.scribble_panels import CEILING, length_panels, method_panels, proposal_panels, where_of
-from figures.style import label_of, start, style_of, themed, where
+from figures.style import Root, Runs, label_of, start, style_of, themed, where
 from figures.tables import NOT_RUN, summarise
 from repro.experiment import Experiment
 from repro.grid import PAPERS, Table
@@ -42,7 +41,7 @@ APART = 1.0  # percent of length between methods that stand side by side
 
 @themed
 def by_length(
-    experiments: Sequence[Experiment], root: Path | None = None, published: Mapping[str, Published] | None = None,
+    experiments: Runs, root: Root = None, published: Mapping[str, Published] | None = None,
     rule: str = "last", weights: str = "ema", metric: str = "miou",
 ) -> Figure:  # fmt: skip
     """A metric of test images against the length of the scribbles, a line a method, full supervision as a level.
@@ -89,12 +88,12 @@ def by_length(
     return figure
 
 
-def _missing(experiments: Sequence[Experiment], done: Iterable[Experiment]) -> str:
+def _missing(experiments: Runs, done: Iterable[Experiment]) -> str:
     """A caption of the methods, and of the lengths of scribbles, that did not run at all."""
-    names, lengths = ([dict.fromkeys(of(item) for item in items) for items in (experiments, done)]
-                      for of in (label_of, lambda item: item.labels if item.method != CEILING else None))  # fmt: skip
-    parts = [name for name in names[0] if name not in names[1]]
-    parts += [f"length {length} %" for length in lengths[0] if length not in lengths[1] and length is not None]
+    ran = {label_of(item) for item in done}
+    names = dict.fromkeys(label_of(item) for item in experiments if label_of(item) not in ran)
+    asked, had = ({item.labels for item in items if item.method != CEILING} for items in (experiments, done))
+    parts = [*names, *(f"length {length} %" for length in sorted(asked - had))]
     return f"{NOT_RUN}: {', '.join(parts)}" if parts else ""
 
 
@@ -176,7 +175,7 @@ def robust_loss_curves(classes: int = PUBLISHED_CLASSES, others: Sequence[float]
 # Over training
 
 
-def energy_curves(experiments: Sequence[Experiment], root: Path | None = None, weights: str = "ema") -> Figure:
+def energy_curves(experiments: Runs, root: Root = None, weights: str = "ema") -> Figure:
     """Potts energy of the labels of test images, and mIoU, over the steps; dotted: the first stage ends."""
     panels = {"Potts energy R of the argmax": "potts_energy", METRICS["miou"].title: "miou"}
     title = "Potts energy and mIoU of test images over training"
@@ -185,7 +184,7 @@ def energy_curves(experiments: Sequence[Experiment], root: Path | None = None, w
     return common.over_training(title, experiments, root, panels, weights, **_stages(experiments, root))
 
 
-def proposal_curves(experiments: Sequence[Experiment], root: Path | None = None, weights: str = "ema") -> Figure:
+def proposal_curves(experiments: Runs, root: Root = None, weights: str = "ema") -> Figure:
     """Accuracy and mIoU of the proposals over the steps, against hidden masks; dotted: the first stage ends.
 
     Methods without proposals are named. A proposal stays as it is until stage A is solved again.
@@ -202,14 +201,14 @@ def proposal_curves(experiments: Sequence[Experiment], root: Path | None = None,
     return common.over_training(title, kept, root, panels, weights, captions, **_stages(kept, root))
 
 
-def _stages(experiments: Sequence[Experiment], root: Path | None) -> dict:
+def _stages(experiments: Runs, root: Root) -> dict:
     """Marks at the end of first stages, and a caption with the length of the scribbles."""
     band = "; band: range over seeds" * (len({item.seed for item in experiments}) > 1)
     marks = dict.fromkeys(stage_ends(experiments, root), "stage 2")
     return {"marks": marks, "place": where_of(experiments) + band}
 
 
-def stage_ends(experiments: Iterable[Experiment], root: Path | None = None) -> list[int]:
+def stage_ends(experiments: Iterable[Experiment], root: Root = None) -> list[int]:
     """The steps at which runs left their first stage, in rising order."""
     ends = set()
     for item in experiments:
@@ -239,7 +238,7 @@ def published_by_method(table: Table, metric: str = "miou") -> dict[str, Publish
     return {}
 
 
-def trust_region_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
+def trust_region_figures(scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     """As `labels.commatch_figures`.
 
     Curves and images are of one scribble length, that of the first experiment of the main job that is finished: of the
@@ -275,7 +274,7 @@ def trust_region_figures(scale: str, seeds: Sequence[int], root: Path | None = N
     return drawn + common.table_figures("trust_region", scale, seeds, root)
 
 
-def _of_length(experiments: Sequence[Experiment], length: int) -> list[Experiment]:
+def _of_length(experiments: Runs, length: int) -> list[Experiment]:
     """The experiments of one scribble length, and full supervision at that length, else at the first that it has."""
     full = [item.labels for item in experiments if item.method == CEILING]
     masks = length if length in full else next(iter(full), length)

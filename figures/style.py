@@ -17,6 +17,7 @@ from repro.files import atomic_path
 from repro.grid import PAPERS, TITLES
 from repro.papers.published import LABELS
 
+Runs, Root = Sequence[Experiment], Path | None  # what figures are of, and the folder of runs (None: the usual one)
 DPI = 120
 PALETTE = [tuple(round(part, 4) for part in colour) for colour in sns.color_palette("colorblind")]
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = PALETTE

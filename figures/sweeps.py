@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from figures import style
 from figures.claims import statistic
 from figures.common import PUBLISHED_GROUND, keep_apart, percent, points, reporting, seeds_drawn
-from figures.style import start, style_of, themed
+from figures.style import Root, start, style_of, themed
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
 from repro.grid import Column, Row, Table
@@ -61,7 +60,7 @@ def sweep(table: Table, column: Column, scale: str) -> Sweep | None:
 
 @themed
 def ablation_curves(
-    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | None = None, rule: str = "last",
+    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Root = None, rule: str = "last",
     weights: str = "ema",
 ) -> Figure:  # fmt: skip
     """Measured CAM and segmentation mIoU against the setting that an ablation changes; published ones in own panels.

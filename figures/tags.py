@@ -5,7 +5,6 @@ Hidden masks are for these figures alone; no method sees them.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from figures import common, style
 from figures.common import Drawn
 from figures.masks import qualitative_masks
-from figures.style import label_of, start, themed, where
+from figures.style import Root, Runs, label_of, start, themed, where
 from figures.sweeps import ablation_curves, sweep
 from repro import cam
 from repro.experiment import Experiment, resolve
@@ -35,7 +34,7 @@ OVERLAY = 0.85  # of a class's colour where its map is 1
 
 
 @themed
-def cam_panels(experiments: Sequence[Experiment], root: Path | None = None, images: int = 4) -> Figure:
+def cam_panels(experiments: Runs, root: Root = None, images: int = 4) -> Figure:
     """Test images with the CAM of each finished run, PCRE's hard label and the truth; CAM mIoU of all images above.
 
     experiments: of one data set and scale, one a method. images: how many, the first that show two classes or more.
@@ -69,7 +68,7 @@ def cam_panels(experiments: Sequence[Experiment], root: Path | None = None, imag
 
 
 @themed
-def region_growth(experiment: Experiment, root: Path | None = None, images: int = 2, columns: int = 6) -> Figure:
+def region_growth(experiment: Experiment, root: Root = None, images: int = 2, columns: int = 6) -> Figure:
     """Regions of a PCRE run over training on the first kept training images, one shown class each, and the radius.
 
     columns: evaluations at most, evenly spread. White line: hidden truth. Below: patches that one mask may reach, and
@@ -134,7 +133,7 @@ def _schedule(axes: Axes, moments: dict[int, dict[str, Tensor]], recipe: TagReci
 # Over training
 
 
-def miou_curves(experiments: Sequence[Experiment], root: Path | None = None, weights: str = "ema") -> Figure:
+def miou_curves(experiments: Runs, root: Root = None, weights: str = "ema") -> Figure:
     """CAM and segmentation mIoU over the steps, with the ends of PCRE's stages."""
     recipe = resolve(next((item for item in experiments if item.method == "pcre"), experiments[0]))
     ends = {recipe.warm_up: "warm-up of the head ends"}
@@ -152,9 +151,7 @@ def miou_curves(experiments: Sequence[Experiment], root: Path | None = None, wei
 
 
 @themed
-def threshold_curves(
-    experiments: Sequence[Experiment], root: Path | None = None, rule: str = "last", weights: str = "ema"
-) -> Figure:
+def threshold_curves(experiments: Runs, root: Root = None, rule: str = "last", weights: str = "ema") -> Figure:
     """CAM mIoU of test images at every background threshold; line: mean, band: range over seeds.
 
     Dashed: beta of the recipes. Large marks: the best threshold of a mean curve, chosen on this very set.
@@ -182,9 +179,7 @@ def threshold_curves(
     return figure
 
 
-def iou_by_class(
-    experiments: Sequence[Experiment], root: Path | None = None, rule: str = "last", weights: str = "ema"
-) -> Figure:
+def iou_by_class(experiments: Runs, root: Root = None, rule: str = "last", weights: str = "ema") -> Figure:
     """IoU of each class on the test images, of CAMs cut at beta and of the segmentation head."""
 
     def of_cams(run: dict) -> list[float | None]:
@@ -195,9 +190,7 @@ def iou_by_class(
     return common.class_bars("IoU by class", names, panels, experiments, root, rule, weights)
 
 
-def over_activation_bars(
-    experiments: Sequence[Experiment], root: Path | None = None, rule: str = "last", weights: str = "ema"
-) -> Figure:
+def over_activation_bars(experiments: Runs, root: Root = None, rule: str = "last", weights: str = "ema") -> Figure:
     """Over-activation of each class of CAMs cut at beta: FP / TP, and the bounded FP / (FP + TP).
 
     After the supplementary's first figure, whose formula is not printed: FP / TP is a reconstruction, the other was
@@ -216,7 +209,7 @@ def over_activation_bars(
 # The report's
 
 
-def pcre_figures(scale: str, seeds: Sequence[int], root: Path | None = None) -> Drawn:
+def pcre_figures(scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     """As `labels.commatch_figures`."""
     module = PAPERS["pcre"]
     experiments = module.main_experiments(scale, seeds)

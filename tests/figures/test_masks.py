@@ -12,7 +12,7 @@ from repro.grid import PAPERS, Column
 from repro.papers.published import MASKS
 from repro.runs import folder_of, load_history, load_outputs
 from repro.settings import SettingError
-from tests.fake_mask_runs import EDGES, STEPS, write_mask_run
+from tests.fake_mask_runs import EDGES, STEPS
 from tests.fake_outputs import texts
 from tests.figures.conftest import CSL
 from tests.figures.drawn import band, bars, change_final, final, image, lines, spreads, stored
@@ -158,11 +158,3 @@ def test_bars_by_budget_have_deviation_and_n(runs):
     assert [text.get_text() for text in miou.texts] == [NOT_RUN, "1", "1", "2"]
     assert [label.get_text() for label in ece.get_xticklabels()] == [Column("scenes", n, MASKS).title for n in (10, 20)]
     assert "not run: UniMatch" in texts(figure)
-
-
-def test_a_second_row_of_a_method_is_hatched(copied):
-    table = TABLE.only(["UniMatch", "UniMatch, output stride 8"])
-    for row in table.rows:
-        write_mask_run(table.cell(row, Column("scenes", 20, MASKS), "tiny", (0,))[0], copied, figures=False)
-    miou, _ = figures.miou_by_budget(table, "tiny", (0,), copied).axes
-    assert [bar.get_hatch() for bar in miou.patches] == ["", "///"]

@@ -287,11 +287,6 @@ def test_methods_stand_beside_one_another_under_their_test_miou(runs):
     assert "not run: ADM" in said and "scribble length 30 %, tiny scale, seed 0 (n = 1)" in said
 
 
-def test_seeds_of_a_method_are_told_apart(runs):
-    said = texts(panels.method_panels(robust(), runs, images=1))
-    assert "seed 0" in said and "seed 1" in said
-
-
 def test_runs_with_other_images_or_scribbles_are_not_shown_together(copied):
     folder = folder_of(run("trust_region"), copied)
     kept = load_outputs(folder)

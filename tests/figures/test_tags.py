@@ -85,12 +85,6 @@ def test_images_of_one_class_are_passed_over_unless_there_are_no_others(copied):
             assert (image(axes) == outputs["test_images"][index].permute(1, 2, 0).numpy()).all()
 
 
-def test_runs_on_different_images_are_not_shown_together(copied):
-    change_outputs(copied, DUPL, test_images=255 - load_outputs(folder_of(DUPL, copied))["test_images"])
-    with pytest.raises(SettingError, match="different images"):
-        figures.cam_panels([PCRE, DUPL], copied)
-
-
 def test_regions_are_those_of_the_first_class_shown_at_each_moment(runs):
     figure = figures.region_growth(PCRE, runs, images=2, columns=6)
     tiles = [axes for axes in figure.axes if axes.images]
@@ -322,5 +316,3 @@ def test_the_papers_figures_have_names_of_their_own(runs, swept):
     )
     drawn = [name for name, *_ in figures.pcre_figures("mini", (0,), swept) if "1e" in name or "1h" in name]
     assert drawn == ["curve_1e", "curve_1h", "ablation_1e", "ablation_1h"]
-
-
