@@ -33,6 +33,9 @@ _RANGES = (
     Range("ShearY", -0.3, 0.3),
     Range("Smooth", *_BLEND),
     Range("Solarize", 0, 255.999, "trunc"),
+    # Pixels, as in the released code, which therefore never moves an image: less than half a pixel, nearest neighbour.
+    Range("TranslateX", -0.3, 0.3),
+    Range("TranslateY", -0.3, 0.3),
 )
 
 
@@ -43,28 +46,16 @@ class CTPolicy:
     depth: operations an image. decay: of the rates, for each probe that meets a bin.
     threshold: bins whose weight relative to the best is below are not used. The released class defaults to
         .85, but the command-line flag of the released training code hands it .80.
-    translate: what .3 in TranslateX/Y means. "pixels": the released code, which therefore never moves an
-        image (less than half a pixel, nearest neighbour); "sides": .3 of width and height, the evident
-        intention.
     bins: of each parameter; Posterize has 8 and Rescale's choice of resampler 6, Identity has no parameter.
     """
 
     depth: int = 2
     threshold: float = 0.85
     decay: float = 0.99
-    translate: str = "pixels"
     bins: int = 17
 
-    def ranges(self) -> tuple[Range, ...]:
-        x, y = {"pixels": ("", ""), "sides": ("x", "y")}[self.translate]
-        return *_RANGES, Range("TranslateX", -0.3, 0.3, side=x), Range("TranslateY", -0.3, 0.3, side=y)
 
-
-FLAVOURS = {
-    "ctaugment": CTPolicy(),
-    "ctaugment-released": CTPolicy(threshold=0.80),
-    "ctaugment-sides": CTPolicy(translate="sides"),
-}
+FLAVOURS = {"ctaugment": CTPolicy()}
 
 
 class CTAugment(nn.Module):
@@ -80,7 +71,7 @@ class CTAugment(nn.Module):
             raise ValueError(f"no CTAugment flavour named {policy!r}; choose one of {sorted(FLAVOURS)}")
         self.policy = policy = FLAVOURS[policy] if isinstance(policy, str) else policy
         self.dense = dense
-        self.ranges = Ranges(policy.ranges())
+        self.ranges = Ranges(_RANGES)
         sizes = [[policy.bins, 0] for _ in self.ranges.names]
         for name, size in {
             "Identity": [0, 0],
@@ -127,8 +118,7 @@ class CTAugment(nn.Module):
         images: uint8 (B, C, H, W); row, level: as `draw` returns them.
         """
         b, _, height, width = images.shape
-        positive = row.new_zeros(row.shape, dtype=torch.bool)
-        codes, magnitudes = self.ranges(row, level[..., 0], positive, height, width)
+        codes, magnitudes = self.ranges(row, level[..., 0], height, width)
         point = torch.rand(len(row), b, 2, generator=generator, device=images.device)
         rescaled = codes == CODE["Rescale"]
         method = level[..., 1] * 5.99 / len(RESAMPLERS)  # released code: int(5.99 * level)

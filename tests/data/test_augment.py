@@ -136,7 +136,7 @@ def test_learned_rates_travel_through_the_state():
 def test_flavours_can_be_given_as_objects():
     images = noise(10, 3, 16, 16)
     assert torch.equal(
-        views(FLAVOURS["randaugment-kekmodel"]).strong(images), views("randaugment-kekmodel").strong(images)
+        views(FLAVOURS["randaugment-usb-medium"]).strong(images), views("randaugment-usb-medium").strong(images)
     )
     assert torch.equal(views(CTPolicy()).strong(images), views("ctaugment").strong(images))
 
