@@ -61,7 +61,7 @@ class Recipe:
 class LabelRecipe(Recipe):
     """A recipe for classification from few labels."""
 
-    variant: str = hyper("usb", source="which toolbox's wide ResNet", choices=("usb", "torchssl", "kekmodel", "ups"))
+    variant: str = hyper("usb", source="which toolbox's wide ResNet", choices=("usb", "ups"))
     discard_bn: bool = hyper(True, source="the toolboxes' quirk; see models.wide_resnet")
     dropout: float = hyper(0.0, "p", source="rate inside blocks", low=0, high=0.95)
     bn_momentum: float = hyper(0.001, source="USB, TorchSSL", low=1e-6, high=1)

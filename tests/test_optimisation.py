@@ -46,9 +46,9 @@ def test_factors_lie_in_zero_to_one_and_fall_after_the_warm_up(name, steps, data
     assert following <= now or step < warmup
 
 
-@pytest.mark.parametrize("variant", ["usb", "torchssl"])
-def test_only_weights_of_convolutions_and_the_head_are_decayed(variant):
-    network = wide_resnet("wrn-10-1", 10, variant=variant)
+@pytest.mark.parametrize("name", ["wrn-10-1", "wrn-37-2"])  # convolutions without and with biases
+def test_only_weights_of_convolutions_and_the_head_are_decayed(name):
+    network = wide_resnet(name, 10)
     frozen = network.blocks[0].conv1.weight.requires_grad_(False)
     decayed, plain = parameter_groups(network, 5e-4)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (5e-4, 0.0)

@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 
 from repro.data.catalogue import SOURCES, load
-from repro.data.masks import IGNORE, MaskSet, mask_digest
+from repro.data.masks import MaskSet, mask_digest
 
 GARMENTS = SOURCES["fashion"].classes
 # Five garments that a small network tells apart by shape; the other five are near twins of these (coat, shirt and
@@ -41,7 +41,7 @@ EXTENT = np.array([[0, 0], [125, 95], [105, 75], [95, 55], [90, 45]])
 
 
 def scenes(
-    split: str, count: int, size: int = 64, seed: int = 0, classes: tuple[str, ...] = DEFAULT, ring: bool = False
+    split: str, count: int, size: int = 64, seed: int = 0, classes: tuple[str, ...] = DEFAULT
 ) -> MaskSet:
     """The first `count` scenes of a split. A second call returns the same object: do not write into its tensors.
 
@@ -50,7 +50,6 @@ def scenes(
     size: side in pixels, 48..128
     seed: 0 <= seed < 2**64
     classes: names out of `GARMENTS`; class k of the masks is classes[k - 1], 0 is the background
-    ring: whether a pixel beside one of a larger class is 255, a 1-pixel ring round objects like VOC's void
     Raises ValueError.
     """
     if split not in COMPOSITION:
@@ -62,11 +61,11 @@ def scenes(
     unknown = [name for name in classes if name not in GARMENTS]
     if unknown or not classes or len(set(classes)) < len(classes):
         raise ValueError(f"classes {classes} must be one or more different names out of {', '.join(GARMENTS)}")
-    return _scenes(split, count, size, seed, tuple(classes), ring)
+    return _scenes(split, count, size, seed, tuple(classes))
 
 
 @functools.lru_cache(maxsize=8)
-def _scenes(split, count, size, seed, classes, ring) -> MaskSet:
+def _scenes(split, count, size, seed, classes) -> MaskSet:
     words = np.random.Philox(key=seed + (COMPOSITION[split] << 64)).random_raw(count * WORDS)
     octets = words.astype("<u8").view(np.uint8).reshape(count, -1).astype(np.int32)
     grain = np.random.Philox(key=seed + (GRAIN[split] << 64)).random_raw(-(-count * size * size // 8))
@@ -87,8 +86,6 @@ def _scenes(split, count, size, seed, classes, ring) -> MaskSet:
         amplitude = 2 + octets[part, 255] % 9
         noise = (grain[part].astype(np.int32) - 128) * amplitude[:, None, None] >> 7
         images[part] = (canvas + noise[:, None]).clip(0, 255)
-    if ring:
-        masks = _ringed(masks)
     images, masks = torch.from_numpy(images), torch.from_numpy(masks)
     return MaskSet("scenes", split, images, masks, ("background", *classes), mask_digest(images, masks))
 
@@ -268,10 +265,3 @@ def lay(canvas: np.ndarray, masks: np.ndarray, item: dict[str, np.ndarray], garm
     under = canvas[rows]
     canvas[rows] = under + (cloth - under) * coverage[:, None] // 255
     masks[rows] = np.where(coverage > 127, item["label"][:, None, None], masks[rows])
-
-
-def _ringed(masks: np.ndarray) -> np.ndarray:
-    """255 wherever one of the four neighbours has a larger class."""
-    padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
-    neighbours = [padded[:, 1:-1, :-2], padded[:, 1:-1, 2:], padded[:, :-2, 1:-1], padded[:, 2:, 1:-1]]
-    return np.where(np.maximum.reduce(neighbours) > masks, IGNORE, masks).astype(np.uint8)

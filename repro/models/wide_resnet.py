@@ -1,7 +1,7 @@
 """Wide ResNets as the semi-supervised codes build them (Zagoruyko & Komodakis, 2016; pre-activation blocks).
 
-Four public codes share one layout and differ in details that show in their parameter counts; `VARIANTS` holds
-them. All share a quirk: in the first block of every stage but the first, the batch norm and activation in
+Public codes share one layout and differ in details that show in their parameter counts; `VARIANTS` holds those
+that recipes use. They share a quirk: in the first block of every stage but the first, the batch norm and activation in
 front of the first convolution are computed and thrown away (`transition="discard"`). Only USB's four-stage
 network, which it has for STL-10, does otherwise.
 """
@@ -55,8 +55,6 @@ LAYOUTS = {
 }
 VARIANTS = {
     "usb": Variant(conv_bias="first", block_eps=1e-5, final_eps=1e-3),
-    "torchssl": Variant(conv_bias="all", block_eps=1e-3, final_eps=1e-3),
-    "kekmodel": Variant(conv_bias="none", block_eps=1e-5, final_eps=1e-5),
     "ups": Variant("none", 1e-5, 1e-5, activation="mish", shift=0.1, dropout_after="conv1"),
 }
 USB_FOUR_STAGES = Variant(conv_bias="all", block_eps=1e-3, final_eps=1e-3, transition="shared")
@@ -191,7 +189,7 @@ def wide_resnet(
     bn_momentum: weight in (0, 1] of the newest batch in the running statistics; .001 in every public code.
         After s steps (1 - bn_momentum)^s of the start is left, so a few hundred steps need about .1.
     Raises ValueError for names and values outside these ranges.
-    Source: released code (USB, TorchSSL, kekmodel, UPS); "wrn-10-1" is ours.
+    Source: released code (USB, UPS); "wrn-10-1" is chosen here.
     """
     if name not in LAYOUTS:
         raise ValueError(f"unknown wide ResNet {name!r}; known: {', '.join(LAYOUTS)}")
