@@ -10,7 +10,7 @@ from torch import Tensor
 
 from figures.plane import classes_of
 from figures.style import label_of, where
-from repro.cam import cam_labels, min_max, over_activation, widened
+from repro.cam import at_least_float32, cam_labels, min_max, over_activation
 from repro.experiment import Experiment, resolve
 from repro.measure.segmentation import confusion, iou
 from repro.methods.image_tags import pcre as losses
@@ -149,12 +149,12 @@ def activation(saved: Saved, at: Position) -> tuple[Tensor, Tensor]:
     if at.source == "rollout":
         tags = torch.zeros_like(tags)
         tags[0, channel], shown = 1, [channel]
-        found = widened(saved.rollout[image])[None]
+        found = at_least_float32(saved.rollout[image])[None]
     elif at.source == "gradcam":
-        found = widened(saved.gradcam[image][shown])
+        found = at_least_float32(saved.gradcam[image][shown])
     else:
         layer = saved.cam[image, LAYERS.index(at.source)]
-        found = min_max(sum(widened(layer[saved.scales.index(scale)][shown]) for scale in at.scales))
+        found = min_max(sum(at_least_float32(layer[saved.scales.index(scale)][shown]) for scale in at.scales))
     maps = found.new_zeros(1, tags.shape[1], *found.shape[1:])
     maps[0, shown] = found
     return maps, tags
@@ -164,7 +164,7 @@ def regions_at(saved: Saved, at: Position) -> tuple[Pairs, Regions]:
     """`regions.refined_regions` of the position's image: the run's rules with the position's tau_bin, T and gate."""
     image = slice(at.pair[0], at.pair[0] + 1)
     rules = dataclasses.replace(saved.recipe.method.expansion, threshold=at.threshold, rounds=at.rounds)
-    masks = gate(widened(saved.masks[image]), None if math.isinf(at.radius) else at.radius)
+    masks = gate(at_least_float32(saved.masks[image]), None if math.isinf(at.radius) else at.radius)
     pairs = shown_classes(saved.tags[image], int(saved.tags[image].sum()))
     rank = candidates(saved.confidence[image], pairs, rules.limit, rules.ranking)
     growth = grow(masks, rank, rules)

@@ -32,7 +32,7 @@ from repro.methods.image_tags.pcre import refined_regions, shown_classes
 from repro.recipe import TagRecipe
 from repro.runs import folder_of
 from tests.fake_outputs import texts
-from tests.methods.image_tags.test_regions import reference
+from tests.methods.image_tags.test_pcre import reference
 
 SCALES = (0.5, 1.0, 1.5)
 SIDE, GRID, CLASSES, EXAMPLES = 48, 12, 5, 3
