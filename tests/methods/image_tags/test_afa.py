@@ -22,9 +22,10 @@ from repro.methods.image_tags.afa import (
 )
 from repro.methods.image_tags.common import Trunk
 from tests.methods.image_tags import fakes
+from tests.methods.image_tags.fakes import CLASSES, SCALES, SIDE, Head
 
 GRID, N = (3, 4), 12
-TAGS = torch.ones(2, fakes.CLASSES)
+TAGS = torch.ones(2, CLASSES)
 
 
 def symmetric(seed, batch=2):
@@ -191,7 +192,7 @@ def test_the_walk_in_half_precision_and_under_autocast():
 def network(settings=None, **tokens):
     """AFA's network of 4 x 4 patches; its projection is small, for the fakes' scores are large."""
     settings = settings or AFASettings(radius=2)
-    made = AFANetwork(fakes.encoder(**tokens), fakes.CLASSES, fakes.Head(), settings)
+    made = AFANetwork(fakes.encoder(**tokens), CLASSES, Head(), settings)
     with torch.no_grad():
         made.projection.weight.mul_(0.05)
     return made
@@ -204,7 +205,7 @@ def built(changes=None, **options):
 
 
 def images(count=2, seed=0):
-    return torch.randn(count, 3, fakes.SIDE, fakes.SIDE, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
 
 
 def affinity_oracle(made, x):
@@ -263,9 +264,7 @@ def test_terms_and_gradients_are_those_of_the_equations(step):
             assert not torch.equal(taught, labels)
             labels = taught
         maps = tokens.patches.mT.reshape(3, -1, 4, 4)
-        expected["segmentation"] = 0.3 * fakes.balanced_oracle(
-            fakes.bilinear(made.head(maps), (fakes.SIDE, fakes.SIDE)), labels
-        )
+        expected["segmentation"] = 0.3 * fakes.balanced_oracle(fakes.bilinear(made.head(maps), (SIDE, SIDE)), labels)
     found = method.losses({"tagged": samples}, fakes.now(step))
     assert found.terms.keys() == expected.keys() and found.pseudo == {}
     for name, term in found.terms.items():
@@ -275,12 +274,12 @@ def test_terms_and_gradients_are_those_of_the_equations(step):
 
 def test_the_affinity_learns_the_map_that_has_not_walked_and_the_head_the_one_that_has(monkeypatch):
     method, samples = built(), fakes.items(2)
-    asked, made = [], iter((torch.zeros(2, fakes.SIDE, fakes.SIDE), torch.ones(2, fakes.SIDE, fakes.SIDE)))
+    asked, made = [], iter((torch.zeros(2, SIDE, SIDE), torch.ones(2, SIDE, SIDE)))
     monkeypatch.setattr(method, "labels", lambda view, cam: asked.append(cam) or next(made).long())
     view = fakes.replayed(method, samples)
     logs = method.network(view.x).log_softmax(1)
     terms = method.losses({"tagged": samples}, fakes.now(50)).terms
-    plain, walked = method.network.maps(view.x, fakes.SCALES, True)
+    plain, walked = method.network.maps(view.x, SCALES, True)
     assert torch.equal(asked[0], plain) and torch.equal(asked[1], walked) and not torch.allclose(plain, walked)
     # labels that are all 0 make the affinity's pairs, labels that are all 1 teach the head
     torch.testing.assert_close(terms["segmentation"], -0.05 * logs[:, 1].mean(), rtol=1e-4, atol=1e-6)
@@ -334,7 +333,7 @@ def test_the_projection_reads_the_heads_of_two_blocks_and_starts_as_released():
     torch.manual_seed(0)
     weights = torch.cat(
         [
-            AFANetwork(fakes.encoder(seed), fakes.CLASSES, fakes.Head(), AFASettings()).projection.weight.flatten()
+            AFANetwork(fakes.encoder(seed), CLASSES, Head(), AFASettings()).projection.weight.flatten()
             for seed in range(100)
         ]
     )
@@ -365,7 +364,7 @@ def test_the_walk_is_on_the_grid_of_the_largest_scale(scales):
     cam, walked = made.maps(x, scales, True)
     expected = fakes.cam_oracle(fakes.main_cam(made), x, scales)
     torch.testing.assert_close(cam, expected, rtol=1e-4, atol=1e-5)
-    side = int(max(scales) * fakes.SIDE)
+    side = int(max(scales) * SIDE)
     affinity, grid = affinity_oracle(made, fakes.bilinear(x, (side, side)))
     assert grid == (side // 4, side // 4)
     torch.testing.assert_close(walked, walk_oracle(expected, affinity, grid, 1, 3), rtol=1e-3, atol=1e-4)
@@ -375,14 +374,14 @@ def test_the_walk_is_on_the_grid_of_the_largest_scale(scales):
 def test_the_evaluated_cam_walks_once_training_has_walked_it():
     made, x = network(), images()
     expected = fakes.cam_oracle(fakes.main_cam(made), x)
-    torch.testing.assert_close(made.activation(x, fakes.SCALES, TAGS), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.activation(x, SCALES, TAGS), expected, rtol=1e-4, atol=1e-5)
     made.walking.fill_(True)
     affinity, grid = affinity_oracle(made, x)
     torch.testing.assert_close(
-        made.activation(x, fakes.SCALES, TAGS), walk_oracle(expected, affinity, grid, 2), rtol=1e-3, atol=1e-4
+        made.activation(x, SCALES, TAGS), walk_oracle(expected, affinity, grid, 2), rtol=1e-3, atol=1e-4
     )
     torch.testing.assert_close(
-        made.both_cams(x, fakes.SCALES)[1], fakes.cam_oracle(fakes.aux_cam(made), x), rtol=1e-4, atol=1e-5
+        made.both_cams(x, SCALES)[1], fakes.cam_oracle(fakes.aux_cam(made), x), rtol=1e-4, atol=1e-5
     )
 
 

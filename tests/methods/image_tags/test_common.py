@@ -22,6 +22,7 @@ from repro.methods.image_tags.dupl import DuPL, DuPLSettings, Pair
 from repro.methods.image_tags.pcre import PCRE, PCRESettings, class_contrast
 from repro.methods.image_tags.toco import Plain, PlainSettings, ToCo, ToCoSettings
 from tests.methods.image_tags import fakes
+from tests.methods.image_tags.fakes import CLASSES, SCALES, SIDE, Head
 from tests.methods.image_tags.test_pcre import labels_of
 from tests.methods.image_tags.test_pcre import network as pcre_network
 
@@ -30,7 +31,7 @@ B, N, C, D = 3, 6, 4, 5
 
 @pytest.fixture
 def trunk():
-    return Trunk(fakes.encoder(), fakes.CLASSES, fakes.Head())
+    return Trunk(fakes.encoder(), CLASSES, Head())
 
 
 def images(count=2, side=16, seed=1):
@@ -61,19 +62,17 @@ def test_segmentation_is_the_head_of_the_patches(trunk):
     maps = torch.stack([patches.T.reshape(fakes.LAYOUT.width, 4, 4) for patches in tokens.patches])
     torch.testing.assert_close(trunk.predict(x).segmentation, trunk.head(maps))
     torch.testing.assert_close(trunk(x), fakes.bilinear(trunk.head(maps), (16, 16)))
-    assert trunk(images(side=24)).shape == (2, fakes.CLASSES + 1, 24, 24)
+    assert trunk(images(side=24)).shape == (2, CLASSES + 1, 24, 24)
 
 
 def test_cams_are_those_of_loops_over_scales_and_mirror_images(trunk):
     x = images()
-    cam, aux = trunk.both_cams(x, fakes.SCALES)
+    cam, aux = trunk.both_cams(x, SCALES)
     torch.testing.assert_close(cam, fakes.cam_oracle(fakes.main_cam(trunk), x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(aux, fakes.cam_oracle(fakes.aux_cam(trunk), x), rtol=1e-4, atol=1e-5)
     assert not cam.requires_grad and not aux.requires_grad
-    torch.testing.assert_close(
-        trunk.activation(x, fakes.SCALES, torch.zeros(2, fakes.CLASSES)), cam, rtol=1e-4, atol=1e-5
-    )
-    assert cam.amin() == 0 and cam.amax() <= 1 and cam.shape == (2, fakes.CLASSES, 16, 16)
+    torch.testing.assert_close(trunk.activation(x, SCALES, torch.zeros(2, CLASSES)), cam, rtol=1e-4, atol=1e-5)
+    assert cam.amin() == 0 and cam.amax() <= 1 and cam.shape == (2, CLASSES, 16, 16)
 
 
 def test_tag_loss_is_torch_s_soft_margin():
@@ -172,7 +171,7 @@ def plain(seed=0, **changes):
     settings = PlainSettings()
     return Plain(
         settings,
-        Trunk(fakes.encoder(), fakes.CLASSES, fakes.Head()),
+        Trunk(fakes.encoder(), CLASSES, Head()),
         fakes.views(seed),
         fakes.recipe(settings, **changes),
     )
@@ -180,9 +179,7 @@ def plain(seed=0, **changes):
 
 def random_cam(seed=0, count=4):
     generator = torch.Generator().manual_seed(seed)
-    return F.interpolate(
-        torch.rand(count, fakes.CLASSES, 5, 5, generator=generator), (fakes.SIDE, fakes.SIDE), mode="bilinear"
-    )
+    return F.interpolate(torch.rand(count, CLASSES, 5, 5, generator=generator), (SIDE, SIDE), mode="bilinear")
 
 
 def test_a_view_is_a_crop_of_the_image_and_no_mask_takes_part():
@@ -233,14 +230,10 @@ def methods():
     """Every method, and the parts of its parameters' names that learn faster."""
     made = {"plain": plain()}
     settings = ToCoSettings(side=8, hidden=8)
-    made["toco"] = ToCo(
-        settings, Trunk(fakes.encoder(), fakes.CLASSES, fakes.Head()), fakes.views(), fakes.recipe(settings)
-    )
-    pair = Pair(
-        Trunk(fakes.encoder(), fakes.CLASSES, fakes.Head()), Trunk(fakes.encoder(1), fakes.CLASSES, fakes.Head())
-    )
+    made["toco"] = ToCo(settings, Trunk(fakes.encoder(), CLASSES, Head()), fakes.views(), fakes.recipe(settings))
+    pair = Pair(Trunk(fakes.encoder(), CLASSES, Head()), Trunk(fakes.encoder(1), CLASSES, Head()))
     made["dupl"] = DuPL(DuPLSettings(), pair, fakes.views(), fakes.recipe(DuPLSettings()))
-    walker = AFANetwork(fakes.encoder(), fakes.CLASSES, fakes.Head(), AFASettings())
+    walker = AFANetwork(fakes.encoder(), CLASSES, Head(), AFASettings())
     made["afa"] = AFA(AFASettings(), walker, fakes.views(), fakes.recipe(AFASettings()))
     made["pcre"] = PCRE(PCRESettings(), pcre_network(), fakes.views(), fakes.recipe(PCRESettings()))
     parts = ("classifier", "classifier_aux", "head")
@@ -278,7 +271,7 @@ def test_labels_are_refined_on_the_view_s_own_pixels():
     stricter = refined_labels(pixels, cam, view.tags, 0.25, high, ~view.crop.padding)
     assert torch.equal(method.labels(view, cam, high), stricter) and not torch.equal(stricter, expected)
     shown = [set(labels.unique().tolist()) - {0, 255} for labels in expected]
-    assert all(found <= {c + 1 for c in range(fakes.CLASSES) if view.tags[b, c]} for b, found in enumerate(shown))
+    assert all(found <= {c + 1 for c in range(CLASSES) if view.tags[b, c]} for b, found in enumerate(shown))
     method.most = int(view.tags.sum(1).max())
     assert torch.equal(method.labels(view, cam), expected)
 
@@ -300,18 +293,18 @@ def test_a_patch_with_one_padded_pixel_is_ignored():
     padding = torch.zeros_like(view.crop.padding)
     padding[0, 7, 8] = True
     view = dataclasses.replace(view, crop=dataclasses.replace(view.crop, padding=padding))
-    labels = method.patch_labels(view, torch.ones(4, fakes.CLASSES, fakes.SIDE, fakes.SIDE), (4, 4))
+    labels = method.patch_labels(view, torch.ones(4, CLASSES, SIDE, SIDE), (4, 4))
     assert (labels == 255).nonzero().tolist() == [[0, 1, 2]]
 
 
 def test_head_terms_are_the_loops():
     method = plain()
     view = method.view(fakes.items())
-    logits = torch.randn(4, fakes.CLASSES + 1, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logits = torch.randn(4, CLASSES + 1, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels = method.labels(view, random_cam())
     terms = method.head_terms(logits, labels, view)
     assert list(terms) == ["segmentation"]
-    large = F.interpolate(logits, (fakes.SIDE, fakes.SIDE), mode="bilinear", align_corners=False)
+    large = F.interpolate(logits, (SIDE, SIDE), mode="bilinear", align_corners=False)
     expected = 0.1 * fakes.balanced_oracle(large, labels)
     torch.testing.assert_close(terms["segmentation"], expected, rtol=1e-5, atol=1e-6)
     method.settings = PlainSettings(energy_weight=0.05)

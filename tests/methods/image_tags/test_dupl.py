@@ -23,11 +23,11 @@ from repro.methods.image_tags.dupl import (
     consistency,
     discrepancy,
     fit_mixture,
-    image_thresholds,
     noisy_labels,
     two_means,
 )
 from tests.methods.image_tags import fakes
+from tests.methods.image_tags.fakes import CLASSES, SCALES, SIDE, Head
 
 
 def test_discrepancy_of_equal_and_opposite_features():
@@ -50,12 +50,6 @@ def test_class_thresholds_by_hand():
     assert class_thresholds(25, 101, targets)[0].item() == pytest.approx(quarter)
     assert class_thresholds(0, 1, targets)[0].item() == pytest.approx(0.7)
     assert len(VOC_TARGETS) == 20 and sum(value == 0.7 for value in VOC_TARGETS) == 6
-
-
-def test_image_thresholds_are_the_largest_of_their_classes():
-    thresholds = torch.tensor([0.6, 0.7, 0.55])
-    tags = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]])
-    torch.testing.assert_close(image_thresholds(thresholds, tags), torch.tensor([0.6, 0.7, 0.55, 0.7]))
 
 
 def series(kind, n=2000):
@@ -200,10 +194,10 @@ def test_equal_losses_have_no_noisy_part(label):
         assert not found.any()
 
 
-def built(classes=fakes.CLASSES, **changes):
+def built(classes=CLASSES, **changes):
     settings = DuPLSettings(**{"least": 20, "gap": 0.1} | changes)
     torch.manual_seed(7)
-    pair = Pair(Trunk(fakes.encoder(0), classes, fakes.Head()), Trunk(fakes.encoder(1), classes, fakes.Head()))
+    pair = Pair(Trunk(fakes.encoder(0), classes, Head()), Trunk(fakes.encoder(1), classes, Head()))
     return DuPL(settings, pair, fakes.views(), fakes.recipe(settings)).train()
 
 
@@ -303,9 +297,7 @@ def test_terms_and_gradients_are_those_of_the_equations(step):
         cams = [fakes.cam_oracle(fakes.main_cam(trunk), view.x).detach() for trunk in trunks]
         labels = [refined_labels(pixels, cam, samples.labels, 0.25, high, valid) for cam in cams]
         maps = [part.patches.mT.reshape(3, -1, 4, 4) for part in tokens]
-        logits = [
-            fakes.bilinear(trunk.head(part), (fakes.SIDE, fakes.SIDE)) for trunk, part in zip(trunks, maps, strict=True)
-        ]
+        logits = [fakes.bilinear(trunk.head(part), (SIDE, SIDE)) for trunk, part in zip(trunks, maps, strict=True)]
         if step >= 40:
             for own, scores in zip(labels, logits, strict=True):
                 surprise = F.cross_entropy(scores.detach(), own, ignore_index=255, reduction="none")
@@ -323,7 +315,7 @@ def test_each_head_learns_the_other_s_labels_and_its_own_trunk_alone_is_moved(mo
     """Labels that tell the trunks apart: the first one's CAM says class 1 everywhere, the second one's class 2."""
     method, samples = built(seg_weight=1.0), fakes.items(2)
     made = iter((1, 2))
-    monkeypatch.setattr(method, "labels", lambda view, cam, high: torch.full((2, fakes.SIDE, fakes.SIDE), next(made)))
+    monkeypatch.setattr(method, "labels", lambda view, cam, high: torch.full((2, SIDE, SIDE), next(made)))
     view, trunks = fakes.replayed(method, samples), (method.network.first, method.network.second)
     term = method.losses({"tagged": samples}, fakes.now(20)).terms["segmentation"]
     logs = [trunk(view.x).log_softmax(1) for trunk in trunks]
@@ -336,11 +328,11 @@ def test_each_head_learns_the_other_s_labels_and_its_own_trunk_alone_is_moved(mo
 def test_labels_are_judged_by_the_trunk_that_made_them(monkeypatch):
     method, samples = built(seg_weight=1.0, least=33, gap=0.7, certainty=0.8), fakes.items(2)
     made, asked = iter((1, 2)), []
-    monkeypatch.setattr(method, "labels", lambda view, cam, high: torch.full((2, fakes.SIDE, fakes.SIDE), next(made)))
+    monkeypatch.setattr(method, "labels", lambda view, cam, high: torch.full((2, SIDE, SIDE), next(made)))
 
     def noisy(loss, labels, **rules):
         asked.append((loss, labels, rules))
-        where = torch.zeros(2, fakes.SIDE, fakes.SIDE, dtype=torch.bool)
+        where = torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
         where[:, : 4 * len(asked)] = True  # four rows of the first trunk's labels, eight of the second one's
         return where
 
@@ -358,7 +350,7 @@ def test_labels_are_judged_by_the_trunk_that_made_them(monkeypatch):
 
 def test_the_consistency_reaches_heads_and_encoders_but_no_classifier(monkeypatch):
     method, samples = built(confidence=0.0), fakes.items(2)
-    monkeypatch.setattr(method, "labels", lambda view, cam, high: torch.full((2, fakes.SIDE, fakes.SIDE), 255))
+    monkeypatch.setattr(method, "labels", lambda view, cam, high: torch.full((2, SIDE, SIDE), 255))
     reached = fakes.gradients(method.losses({"tagged": samples}, fakes.now(60)).terms["consistency"], method.network)
     assert {".".join(name.split(".")[:2]) for name in reached} == {
         f"{trunk}.{part}" for trunk in ("first", "second") for part in ("head", "encoder")
@@ -381,12 +373,12 @@ def test_six_classes_of_pascal_keep_their_threshold():
     assert [index for index, value in enumerate(method.final.tolist()) if value > 0.6] == [0, 1, 2, 3, 8, 18]
     assert method.final.min() == pytest.approx(0.55)
     assert built(classes=20, final_high=0.6).final.min() == pytest.approx(0.6)
-    assert built().final.tolist() == pytest.approx([0.55] * fakes.CLASSES)
+    assert built().final.tolist() == pytest.approx([0.55] * CLASSES)
 
 
 def test_the_first_trunk_is_evaluated():
-    method, x = built(), torch.randn(2, 3, fakes.SIDE, fakes.SIDE, generator=torch.Generator().manual_seed(0))
-    tags = torch.ones(2, fakes.CLASSES)
+    method, x = built(), torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    tags = torch.ones(2, CLASSES)
     assert torch.equal(method.network(x), method.network.first(x))
     expected = fakes.cam_oracle(fakes.main_cam(method.network.first), x)
-    torch.testing.assert_close(method.network.activation(x, fakes.SCALES, tags), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.network.activation(x, SCALES, tags), expected, rtol=1e-4, atol=1e-5)

@@ -25,6 +25,7 @@ from repro.methods.image_tags.toco import (
 )
 from repro.settings import SettingError
 from tests.methods.image_tags import fakes
+from tests.methods.image_tags.fakes import CLASSES, SIDE, Head
 
 
 def generator(seed=0):
@@ -146,7 +147,7 @@ def test_crop_contrast_does_not_overflow_and_leaves_the_teacher_alone():
 def built(seed=0, **changes):
     settings = ToCoSettings(**{"side": 8, "hidden": 24, "crops": 5} | changes)
     torch.manual_seed(7)
-    trunk = Trunk(fakes.encoder(), fakes.CLASSES, fakes.Head())
+    trunk = Trunk(fakes.encoder(), CLASSES, Head())
     return ToCo(settings, trunk, fakes.views(seed), fakes.recipe(settings)).train()
 
 
@@ -165,9 +166,9 @@ def test_projection_is_an_mlp_in_front_of_a_weight_normed_layer():
 
 
 def level_oracle(aux, tags, low=0.25, high=0.7):
-    levels = torch.zeros(len(aux), fakes.SIDE, fakes.SIDE)
+    levels = torch.zeros(len(aux), SIDE, SIDE)
     for b, i, j in torch.ones_like(levels).nonzero().tolist():
-        best = max((aux[b, c, i, j] * tags[b, c]).item() for c in range(fakes.CLASSES))
+        best = max((aux[b, c, i, j] * tags[b, c]).item() for c in range(CLASSES))
         levels[b, i, j] = 0 if best <= low else 2 if best >= high else 1
     return levels
 
@@ -206,9 +207,7 @@ def test_terms_and_gradients_are_those_of_the_equations(step):
     if step >= 10:
         labels = method.labels(view, cam)
         maps = tokens.patches.mT.reshape(2, -1, 4, 4)
-        expected["segmentation"] = 0.2 * fakes.balanced_oracle(
-            fakes.bilinear(trunk.head(maps), (fakes.SIDE, fakes.SIDE)), labels
-        )
+        expected["segmentation"] = 0.2 * fakes.balanced_oracle(fakes.bilinear(trunk.head(maps), (SIDE, SIDE)), labels)
     found = method.losses({"tagged": samples}, fakes.now(step)).terms
     assert found.keys() == expected.keys() | {"tags", "tags_aux"}
     for name, term in expected.items():
@@ -266,7 +265,7 @@ def test_a_crop_must_hold_a_patch_and_fit_the_view(side):
 @pytest.mark.parametrize("step", [0, 9, 10, 99])
 def test_terms_and_gradients_of_plain_training_are_those_of_the_equations(step):
     settings, samples = PlainSettings(seg_weight=0.3), fakes.items()
-    trunk = Trunk(fakes.encoder(), fakes.CLASSES, fakes.Head())
+    trunk = Trunk(fakes.encoder(), CLASSES, Head())
     method = Plain(settings, trunk, fakes.views(), fakes.recipe(settings)).train()
     view = fakes.replayed(method, samples)
     tokens = trunk.encoder(view.x)
@@ -281,9 +280,7 @@ def test_terms_and_gradients_of_plain_training_are_those_of_the_equations(step):
         pixels = view.crop.images.float() / 255
         labels = refined_labels(pixels, cam, samples.labels, 0.25, 0.7, ~view.crop.padding)
         maps = tokens.patches.mT.reshape(len(view.x), -1, 4, 4)
-        expected["segmentation"] = 0.3 * fakes.balanced_oracle(
-            fakes.bilinear(trunk.head(maps), (fakes.SIDE, fakes.SIDE)), labels
-        )
+        expected["segmentation"] = 0.3 * fakes.balanced_oracle(fakes.bilinear(trunk.head(maps), (SIDE, SIDE)), labels)
     found = method.losses({"tagged": samples}, fakes.now(step))
     assert found.terms.keys() == expected.keys() and found.pseudo == {}
     for name, term in found.terms.items():
