@@ -1,8 +1,8 @@
-"""What a paper's tables, ablations and claims compare, as data: which experiments they need at which scale.
+"""Tables, ablations and claims of the papers as experiments.
 
-A `Table` has rows (methods, or one method under changed settings) and columns (data, labels); an ablation is
-a table; a `Claim` is a sentence that two rows decide. Nothing here runs or reads anything: `tables` and
-`claims` do.
+A `Table` has rows (methods, or one method under changed settings) and columns (data, labels); an ablation is a table; a
+`Claim` is a sentence that two rows decide. `PAPERS` holds those of each paper's TOML file. Nothing here runs or reads a
+run.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Column:
         return f"{TITLES.get(self.data, self.data)}, {self.budget}"
 
 
-def place(experiment: Experiment) -> Column:
+def column_of(experiment: Experiment) -> Column:
     """Where an experiment stands in a table of its paper."""
     return Column(experiment.data, experiment.labels, SPECS[experiment.paper].supervision.budget)
 
@@ -69,12 +69,10 @@ def place(experiment: Experiment) -> Column:
 class Table:
     """A table or an ablation.
 
-    paper: whose recipes apply. rows: from top to bottom. columns: of the `paper` scale, those that the paper
-    has.
-    small: the columns of `mini` and `tiny`. published: numbers to look references up in. references:
-    published columns.
-    note: what the reader has to know about its published cells. varies: whether it is an ablation, whose rows are
-    compared with the one that changes nothing, on the seeds that both have.
+    paper: whose recipes apply. rows: from top to bottom. columns: the paper's own, used at scale `paper`. small: used
+    at `mini` and `tiny`. references: published columns, looked up in `published`. note: what the reader has to know
+    about published cells. varies: True for an ablation; each row is compared with the unchanged row on the seeds that
+    both have.
     """
 
     name: str
@@ -139,17 +137,12 @@ DIRECTIONS = ("lower", "higher")
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper that runs can decide: `metric` of `left` is lower (or higher) than that of
-    `right`.
+    """A sentence of a paper that runs can decide: `metric` of `left` is lower (or higher) than that of `right`.
 
-    text: the claim in our words. source: where it is made.
-    metric: a stored metric, or a statistic of `claims.STATISTICS` that is computed from a run's history or
-    outputs.
-    right: None compares the statistic with 0.
-    columns: where it is decided at `paper` scale; small: at `mini` and `tiny`.
-    margin: how far (in the metric's stored unit) the left may fall short and the claim still hold: "not
-    higher" claims.
-    published: the effect that the paper states.
+    text: the claim in words chosen here. source: where it is made. metric: a stored metric, or a statistic computed
+    from a run's history or outputs. right: None compares the statistic with 0. column: where it is decided at `paper`
+    scale; small: at `mini` and `tiny`. margin: how far (in the metric's stored unit) the left may fall short and the
+    claim still hold, for "not higher" claims. published: the effect that the paper states.
     """
 
     id: str
@@ -178,8 +171,7 @@ class Claim:
         return self.column if scale == "paper" else self.small
 
     def pair(self, scale: str, seed: int) -> tuple[Experiment, Experiment | None]:
-        """Left and right experiment of one seed: the same labelled subset, so that their difference is
-        paired."""
+        """Left and right experiment of one seed: the same labelled subset, so that their difference is paired."""
         column = self.column_at(scale)
         left, right = (
             row and experiment(self.paper, row, column, scale, seed) for row in (self.left, self.right)

@@ -17,8 +17,7 @@ from repro.cam import bilinear, min_max, threshold_counts
 from repro.data.masks import tags_of
 from repro.experiment import Experiment, record
 from repro.files import save_state, write_json
-from repro.methods.image_tags.pcre import PCRESettings
-from repro.methods.image_tags.pcre import joint_confidence, squared_distances
+from repro.methods.image_tags.pcre import PCRESettings, joint_confidence, squared_distances
 from repro.recipe import TagRecipe
 from repro.runs import folder_of
 from repro.tasks.monitors import REPORTING

@@ -230,5 +230,12 @@ def test_documents_name_only_what_exists():
         assert set(re.findall(r"\bmake ([a-z][a-z-]*)\b(?=[`\s;,.)]|$)", text)) <= targets, name
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (ROOT / link).exists(), f"{name} points to {link}, which does not exist"
-    readme = (ROOT / "README.md").read_text()
-    assert re.findall(r"<!-- results:(begin|end) -->", readme) == ["begin", "end"]
+
+
+def test_the_readmes_verdicts_are_those_of_the_committed_results():
+    results = (ROOT / "figures" / "rendered" / "results.md").read_text().split("\n## ")[1:]
+    rows = re.findall(r"^\| .*\| (\d+) \| (\d+) \| (\d+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    words = ("supported", "contradicted", "inconclusive")
+    found = [tuple(len(re.findall(rf"^\|[^|]+\| {word} \|", paper, re.MULTILINE)) for word in words)
+             for paper in results]  # fmt: skip
+    assert [tuple(map(int, row)) for row in rows] == found and len(found) == 5

@@ -5,7 +5,7 @@
     pool, truth = draw_masks(train, labelled=0, seed=0, tags=True)      # image tags and no mask
 
 Masks are uint8 with the class of each pixel; 255 is ignored by losses and scores. A hidden mask is not in the pool:
-every pixel of it is 255. `masks_sources` reads data sets too large for memory; pools of `mask_pools` look the same.
+every pixel of it is 255. `folders` reads data sets too large for memory; pools of `pools` look the same.
 """
 
 import hashlib

@@ -5,7 +5,7 @@
     train, tags = open_tags("voc", "train_aug")      # image tags; no mask belongs to it
     pool = draw_tags(train, tags, len(train), seed=0, crop=448)
 
-`masks_sources` opens the folders. Masks that a pool hides are never opened.
+`folders` opens the folders. Masks that a pool hides are never opened.
 """
 
 import hashlib
@@ -22,10 +22,9 @@ from torch import Tensor
 
 from repro.arrays import Items
 from repro.data.catalogue import DataError
-from repro.data.folders import names_in
+from repro.data.folders import CLASSIC, MaskFolder, names_in
 from repro.data.mask_views import PADDING, place
 from repro.data.masks import IGNORE, choose, show_tags
-from repro.data.masks_sources import CLASSIC, MaskFolder
 
 
 @dataclass(frozen=True, eq=False)

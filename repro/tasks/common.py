@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repro.arrays import IGNORE
-from repro.data.masks_sources import MaskFolder
+from repro.data.folders import MaskFolder
 from repro.data.scenes import SIZES
 from repro.models.deeplab import deeplab
 from repro.models.pretrained import initialise

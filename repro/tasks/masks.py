@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from repro.data.folders import MASK_SOURCES, open_masks
 from repro.data.mask_views import MaskViews
 from repro.data.masks import draw_masks
-from repro.data.masks_sources import MASK_SOURCES, open_masks
 from repro.data.pools import draw_folder, read_ahead
 from repro.data.scenes import scenes
 from repro.measure import segmentation

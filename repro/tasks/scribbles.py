@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from repro.data.folders import open_masks
 from repro.data.mask_views import PADDING, MaskViews, hide
 from repro.data.masks import IGNORE, MaskPool, draw_masks
-from repro.data.masks_sources import open_masks
 from repro.data.pools import read_ahead
 from repro.data.scenes import scenes
-from repro.data.scribble_layout import FRAME, FramePool, PaddedViews, framed, open_scribbles
-from repro.data.scribbles import draw_scribbles, reaches_of
+from repro.data.scribbles import FRAME, FramePool, PaddedViews, draw_scribbles, framed, open_scribbles, reaches_of
 from repro.measure.segmentation import SegmentationSums, confusion, mean_iou, pixel_accuracy, whole_image
 from repro.methods.scribbles import METHODS
 from repro.methods.scribbles.common import BLUR

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from repro import cam
 from repro.cam import at_least_float32, attention_rollout, bilinear, grad_cam, min_max
 from repro.data.catalogue import DataError
+from repro.data.folders import open_masks, open_tags
 from repro.data.mask_views import PADDING, TAGS, Crop, MaskViews
 from repro.data.masks import MaskPool, draw_masks, show_tags, tags_of
-from repro.data.masks_sources import open_masks, open_tags
 from repro.data.pools import TagPool, draw_tags, read_ahead
 from repro.data.scenes import scenes
 from repro.measure import segmentation
@@ -147,7 +147,7 @@ def prepare(experiment: Cell, recipe: TagRecipe, device: torch.device, data_root
         return found
 
     def outputs(net: nn.Module) -> dict[str, Tensor]:
-        """Arrays for figures, `shown.explored` of the first test images, and the counts of `final.final_counts`."""
+        """Arrays for figures, `explored` of the first test images, and the counts of `protocol_counts`."""
         images, masks = sets.tests
         with torch.no_grad(), evaluating(net):
             logits = [bilinear(net(framed(part)), (side, side)) for part in images.split(BATCH)]
@@ -162,10 +162,10 @@ def prepare(experiment: Cell, recipe: TagRecipe, device: torch.device, data_root
         if isinstance(trunk_of(net), Trunk):
             kept |= explored(net, framed(images[:EXPLORED]), side)
         tests = ((images, masks) for images, masks, _ in sets.test())
-        return kept | final_counts(net, tests, sets.classes, protocol, views, inference, sets.scored)
+        return kept | protocol_counts(net, tests, sets.classes, protocol, views, inference, sets.scored)
 
     generators = {"views": generator} | ({"crops": pool.generator} if isinstance(pool, TagPool) else {})
-    return Task(method, pool, None, generators, evaluate, outputs, final_scores, sets.digest, moments, weights)
+    return Task(method, pool, None, generators, evaluate, outputs, protocol_scores, sets.digest, moments, weights)
 
 
 class FramedViews(MaskViews):
@@ -455,7 +455,7 @@ def inference_of(data: str, crop: int) -> str:
 
 
 @torch.no_grad()
-def final_counts(
+def protocol_counts(
     network: nn.Module,
     tests: Iterable[tuple[Tensor, Tensor]],
     classes: int,
@@ -534,7 +534,7 @@ def lattice_label(pair: tuple[np.ndarray, np.ndarray], crf: CRF) -> np.ndarray:
     return lattice_crf(*pair, crf).argmax(0).astype(np.uint8)
 
 
-def final_scores(outputs: dict[str, Tensor]) -> dict:
+def protocol_scores(outputs: dict[str, Tensor]) -> dict:
     """Metrics from the counts that a run's outputs hold; None where there are none.
 
     miou_ms: mean IoU over scales and mirror images, of all test images. miou_crf: the same behind the dense CRF; of

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from repro.data.sources import SOURCES, Part, Source
+from repro.data.catalogue import SOURCES, Part, Source
 
 
 def features(source: Source) -> datasets.Features:

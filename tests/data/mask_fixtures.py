@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from repro.data.folders import VOC_CLASSES
+from repro.data.folders import MASK_SOURCES, VOC_CLASSES
 from repro.data.masks import palette
-from repro.data.masks_sources import MASK_SOURCES
 
 
 def size_of(number: int) -> tuple[int, int]:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from repro.data import catalogue
-from repro.data.catalogue import DataError, digest_of, load
-from repro.data.sources import SOURCES
+from repro.data.catalogue import SOURCES, DataError, digest_of, load
 from tests.data.fixtures import (
     columns,
     features,
@@ -122,7 +121,7 @@ def test_hub_cache_offline(tmp_path):
     source = SOURCES["svhn"]
     write_hub_cache(tmp_path / "cache", source, "train", columns(source, 20))
     code = (
-        "from tests.data.fixtures import shrink; from repro.data.images import SOURCES, load;"
+        "from tests.data.fixtures import shrink; from repro.data.catalogue import SOURCES, load;"
         "SOURCES['svhn'] = shrink(SOURCES['svhn'], train=20); print(load('svhn', 'train').digest)"
     )
     cache, home = str(tmp_path / "cache"), str(tmp_path / "home")

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from repro.data import catalogue, embed
-from repro.data.catalogue import DataError, load
-from repro.data.sources import SOURCES
+from repro.data.catalogue import SOURCES, DataError, load
 from tests.data.fixtures import python, shrink
 
 
@@ -45,7 +44,7 @@ def test_embedded_files_are_small_and_carry_their_licence():
 
 def test_embedded_needs_no_writable_home_and_imports_late():
     code = (
-        "import sys; from repro.data.images import load;"
+        "import sys; from repro.data.catalogue import load;"
         "assert not {'datasets', 'pyarrow'} & set(sys.modules);"
         "print(len(load('fashion', 'test')))"
     )

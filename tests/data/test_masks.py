@@ -12,9 +12,8 @@ from scipy.io import loadmat
 
 from repro.data import folders
 from repro.data.catalogue import DataError
-from repro.data.folders import CITYSCAPES_IDS
+from repro.data.folders import CITYSCAPES_IDS, MASK_SOURCES, open_masks, open_tags
 from repro.data.masks import FOR_MASKS, MaskSet, choose, draw_masks, mask_digest, palette, show_tags, tags_of
-from repro.data.masks_sources import MASK_SOURCES, open_masks, open_tags
 from repro.data.pools import draw_folder, draw_tags, read_ahead
 from repro.data.scenes import scenes
 from tests.data.mask_fixtures import (

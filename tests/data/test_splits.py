@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.data.catalogue import ImageSet, digest_of
-from repro.data.sources import SOURCES
+from repro.data.catalogue import SOURCES, ImageSet, digest_of
 from repro.data.splits import FOR_HOLDOUT, FOR_LABELS, balanced, draw, holdout, open_pool, parse
 from tests.data.fixtures import small
 

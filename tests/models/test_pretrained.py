@@ -12,9 +12,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from repro.data.catalogue import load
 from repro.data.embed import official_index
+from repro.data.pretrain import ADAMW, BATCH, Pooled, accuracy, classifier, pictures, pretrain, save
 from repro.experiment import Experiment, resolve
 from repro.models.deeplab import deeplab
-from repro.models.pretrain import ADAMW, BATCH, Pooled, accuracy, classifier, pictures, pretrain, save
 from repro.models.pretrained import DEFAULTS, SHIPPED, WeightsError, fill, initialise, timm_names, translated
 from repro.models.resnet import Layout, ResNet, resnet
 from repro.models.vit import Layout as VitLayout

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from repro.models.cnn13 import cnn13
 from repro.models.wide_resnet import LAYOUTS, VARIANTS, wide_resnet
 
 STRIDES = {name: (1, 2, 2) for name in ("wrn-10-1", "wrn-10-1-half", "wrn-28-2", "wrn-28-8")}
@@ -103,11 +102,6 @@ def test_parameter_count_by_hand(name, variant):
     count += 2 * c_in + 7 * (c_in + 1)
     with torch.device("meta"):
         assert size(wide_resnet(name, 7, channels=1, variant=variant)) == count
-
-
-def test_cnn13_parameter_count():
-    with torch.device("meta"):
-        assert size(cnn13(10)) == 3_125_908
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -211,32 +205,6 @@ def test_channels_last_and_autocast_agree_with_float32():
     torch.testing.assert_close(half.float(), expected, atol=0.05 * expected.abs().max().item(), rtol=0)
 
 
-def test_cnn13_equals_a_functional_reference():
-    network = shaken(cnn13(5, channels=2, dropout=0.0)).eval()
-    state = network.state_dict()
-    x = torch.randn(2, 2, 32, 32, dtype=torch.float64)
-
-    def weight(key):
-        """Length times direction; the length is per output row."""
-        length, direction = (state[f"{key}.parametrizations.weight.original{i}"] for i in (0, 1))
-        return length * direction / direction.flatten(1).norm(dim=1).reshape(length.shape)
-
-    out = x
-    for index, padding in zip((0, 1, 2, 5, 6, 7, 10, 11, 12), (1, 1, 1, 1, 1, 1, 0, 0, 0), strict=True):
-        if index in (5, 10):
-            out = F.max_pool2d(out, 2)
-        conv, norm = f"body.{index}.0", f"body.{index}.1"
-        out = F.conv2d(out, weight(conv), state[f"{conv}.bias"], padding=padding)
-        statistics = state[f"{norm}.running_mean"], state[f"{norm}.running_var"]
-        out = F.leaky_relu(
-            F.batch_norm(out, *statistics, state[f"{norm}.weight"], state[f"{norm}.bias"], eps=1e-5), 0.1
-        )
-    pooled = F.avg_pool2d(out, 6, stride=2).flatten(1)
-    torch.testing.assert_close(network(x), F.linear(pooled, weight("head"), state["head.bias"]))
-    assert network.features(x).shape == (2, 128)
-    assert [module.p for module in cnn13(5).modules() if isinstance(module, nn.Dropout)] == [0.3, 0.3]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -251,9 +219,6 @@ def test_cnn13_equals_a_functional_reference():
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         wide_resnet(**({"name": "wrn-10-1", "classes": 4} | settings))
-    if not {"name", "variant"} & set(settings):
-        with pytest.raises(ValueError, match=message):
-            cnn13(**({"classes": 4} | settings))
 
 
 @given(momentum=st.floats(0.001, 1.0), steps=st.integers(1, 3))

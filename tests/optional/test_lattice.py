@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from repro.data.mask_views import MaskViews
 from repro.solvers.crf import CRF, lattice_crf, mean_field
-from repro.tasks.tags import final_counts
+from repro.tasks.tags import protocol_counts
 from tests.solvers.test_crf import C
 from tests.tasks.test_crf_scores import PROTOCOLS, K, Network, batches
 
@@ -28,8 +28,8 @@ def test_the_lattice_infers_nearly_the_same():
 
 def test_processes_find_what_one_call_finds():
     network, views, sizes = Network(), MaskViews(16), [(2, 24, 20), (1, 21, 26), (1, 20, 20)]
-    found = final_counts(network, batches(sizes), K, PROTOCOLS["toco"], views, "lattice")
-    exact = final_counts(network, batches(sizes), K, PROTOCOLS["toco"], views, "exact")
+    found = protocol_counts(network, batches(sizes), K, PROTOCOLS["toco"], views, "lattice")
+    exact = protocol_counts(network, batches(sizes), K, PROTOCOLS["toco"], views, "exact")
     assert torch.equal(found["ms_confusion"], exact["ms_confusion"])
     assert found["crf_confusion"].sum() == exact["crf_confusion"].sum()
     assert (found["crf_confusion"] - exact["crf_confusion"]).abs().sum() < 0.05 * exact["crf_confusion"].sum()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from repro.data.masks_sources import MASK_SOURCES
+from repro.data.folders import MASK_SOURCES
 from repro.data.scribbles import LENGTHS as DRAWN
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repro.solvers import expansion
-from repro.solvers.expansion import (  # fmt: skip
+from repro.solvers import cuts as expansion
+from repro.solvers.cuts import (
     BACK_ENDS,
     Graph,
     alpha_expansion,
@@ -19,7 +19,7 @@ from repro.solvers.expansion import (  # fmt: skip
     flow_bound,
     merge,
     quantise,
-)
+)  # fmt: skip
 
 
 def installed(name):
@@ -338,4 +338,4 @@ def test_a_missing_library_says_what_to_install(monkeypatch):
     monkeypatch.setattr(expansion, "importlib", type("Fake", (), {"import_module": staticmethod(missing)}))
     with pytest.raises(ImportError, match="'pymaxflow' needs PyMaxflow: pip install PyMaxflow"):
         find_back_end("pymaxflow")
-    assert importlib.import_module("repro.solvers.expansion") is expansion
+    assert importlib.import_module("repro.solvers.cuts") is expansion

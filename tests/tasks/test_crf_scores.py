@@ -11,7 +11,7 @@ from repro.data.mask_views import MaskViews
 from repro.measure.segmentation import confusion
 from repro.solvers.crf import CRF, dense_crf
 from repro.tasks import tags as crf_scores
-from repro.tasks.tags import Protocol, final_counts, final_scores, inference_of, protocol_of
+from repro.tasks.tags import Protocol, protocol_counts, protocol_scores, inference_of, protocol_of
 
 K = 4
 CRFS = CRF(1.0, 1.0, 4.0, 6.0, 30.0, 3)
@@ -85,7 +85,7 @@ PROTOCOLS = {
 def test_counts_are_those_of_each_image_alone(name):
     network, views, sizes = Network(), MaskViews(20), [(2, 16, 16), (1, 13, 22), (3, 18, 11)]
     network.train()
-    found = final_counts(network, batches(sizes), K, PROTOCOLS[name], views, "exact", torch.tensor([0, 2, 4]))
+    found = protocol_counts(network, batches(sizes), K, PROTOCOLS[name], views, "exact", torch.tensor([0, 2, 4]))
     assert network.drop.training
     smooth, refined = recounted(network, batches(sizes), PROTOCOLS[name], views, (0, 2, 4))
     # sums over a batch may round another way at a tie
@@ -96,9 +96,9 @@ def test_counts_are_those_of_each_image_alone(name):
 
 def test_all_images_meet_the_crf_unless_some_are_chosen():
     network, views, sizes = Network(), MaskViews(16), [(2, 8, 8), (1, 8, 8)]
-    every = final_counts(network, batches(sizes), K, PROTOCOLS["toco"], views)
+    every = protocol_counts(network, batches(sizes), K, PROTOCOLS["toco"], views)
     assert every["crf_confusion"].sum() == every["ms_confusion"].sum()
-    none = final_counts(network, batches(sizes), K, PROTOCOLS["toco"], views, "none")
+    none = protocol_counts(network, batches(sizes), K, PROTOCOLS["toco"], views, "none")
     assert set(none) == {"ms_confusion"} and torch.equal(none["ms_confusion"], every["ms_confusion"])
 
 
@@ -134,7 +134,7 @@ def test_large_images_without_the_package_leave_the_crf_out(monkeypatch):
 
 def test_scores_are_mean_iou():
     counts = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
-    scores = final_scores({"ms_confusion": counts})
+    scores = protocol_scores({"ms_confusion": counts})
     assert scores["iou_ms"] == [6 / 9, 3 / 6, None] and scores["miou_ms"] == pytest.approx((6 / 9 + 3 / 6) / 3)
     assert scores["miou_crf"] is None and scores["iou_crf"] is None
     assert not any(isinstance(value, float) and math.isnan(value) for value in scores.values())

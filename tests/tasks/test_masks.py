@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from repro.data.catalogue import DataError
+from repro.data.folders import MaskFolder, open_masks
 from repro.data.masks import IGNORE, draw_masks
-from repro.data.masks_sources import MaskFolder, open_masks
 from repro.data.pools import draw_folder
 from repro.data.scenes import scenes
 from repro.experiment import Experiment, resolve

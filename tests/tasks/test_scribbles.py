@@ -13,10 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from repro.data.catalogue import DataError
-from repro.data.masks_sources import MaskFolder
+from repro.data.folders import MaskFolder
 from repro.data.scenes import scenes
-from repro.data.scribble_layout import PaddedViews
-from repro.data.scribbles import draw_scribbles, reaches_of
+from repro.data.scribbles import PaddedViews, draw_scribbles, reaches_of
 from repro.experiment import Experiment, resolve
 from repro.methods.scribbles import METHODS, settings_for
 from repro.models.pretrained import WeightsError

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from repro import cam
-from repro.data import masks_sources
+from repro.data import folders as masks_sources
 from repro.data.catalogue import DataError
+from repro.data.folders import MaskFolder, open_masks, open_tags
 from repro.data.masks import choose, tags_of
-from repro.data.masks_sources import MaskFolder, open_masks, open_tags
 from repro.data.scenes import scenes
 from repro.measure.segmentation import confusion, iou, mean_iou
 from repro.methods.image_tags import METHODS
@@ -290,7 +290,7 @@ def test_without_a_gate_the_radius_is_the_side_of_the_grid(options, radius, monk
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_final_scores_follow_from_the_counts_and_are_made_once(runs, method):
+def test_protocol_scores_follow_from_the_counts_and_are_made_once(runs, method):
     run = runs[method]
     scores = run.task.after(run.outputs)
     for name in ("ms", "crf"):

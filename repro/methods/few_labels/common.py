@@ -89,7 +89,6 @@ def squared_error(logits: Tensor, target: Tensor) -> Tensor:
 EPS = 1e-6  # of released code (ReMixMatch, USB); TorchSSL divides without it
 
 
-
 def align(probs: Tensor, prior: Tensor, marginal: Tensor) -> Tensor:
     """Probabilities (n, K) scaled class by class by prior / marginal, rows summing to 1 again.
 

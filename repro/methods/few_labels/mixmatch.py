@@ -86,8 +86,6 @@ class MixMatch(Method):
 # ReMixMatch
 
 
-
-
 @dataclass(frozen=True)
 class ReMixMatchSettings:
     temperature: float = hyper(0.5, "T", "ReMixMatch; released code", low=1e-2)

@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any
 
-from repro.methods.scribbles.adm import ADM
 from repro.methods.scribbles.baselines import DenseGD, Full, GridGD, PartialCE
 from repro.methods.scribbles.common import PUBLISHED_CLASSES, tuned_for
-from repro.methods.scribbles.trust_region import RobustTrustRegion, TrustRegion
+from repro.methods.scribbles.trust_region import ADM, RobustTrustRegion, TrustRegion
 
 METHODS = {
     "partial_ce": PartialCE,

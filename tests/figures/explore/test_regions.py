@@ -27,8 +27,7 @@ from repro.experiment import Experiment
 from repro.files import save_state, write_json
 from repro.methods.image_tags import METHODS
 from repro.methods.image_tags import pcre as losses
-from repro.methods.image_tags.pcre import PCRESettings
-from repro.methods.image_tags.pcre import refined_regions, shown_classes
+from repro.methods.image_tags.pcre import PCRESettings, refined_regions, shown_classes
 from repro.recipe import TagRecipe
 from repro.runs import folder_of
 from tests.fake_outputs import texts

@@ -349,13 +349,3 @@ def test_ctaugment_gets_its_labelled_probe():
     method.losses(samples, at(0))
     ((_, images, labels),) = method.views.learnt
     assert torch.equal(images, samples["labelled"].images) and torch.equal(labels, samples["labelled"].labels)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"passes": 1}, {"positive_start": 1.1}, {"stability": "ema"}, {"negatives_for": "none"}, {"positive_mean": "sum"},
-     {"negative_end": 0.0}, {"threshold_epochs": 0}, {"unbiased": 1}, {"consistency_decay": 1.5}],
-)  # fmt: skip
-def test_settings_are_checked(change):
-    with pytest.raises(SettingError, match=f"ComMatchSettings.{next(iter(change))} is"):
-        ComMatchSettings(**change)

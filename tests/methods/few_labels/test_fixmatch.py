@@ -8,14 +8,12 @@ from hypothesis import strategies as st
 
 from repro.methods.few_labels.common import consistency_loss, pseudo_label
 from repro.methods.few_labels.fixmatch import FixMatch, FixMatchSettings
-from repro.settings import SettingError
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,
     TinyNetwork,
     batch,
     cross_entropy,
-    gradient_reaches,
     now,
     softmax,
     view,
@@ -117,18 +115,3 @@ def test_the_weak_view_teaches_but_is_not_taught():
     method = FixMatch(FixMatchSettings(threshold=0.0), network, FakeViews(), CLASSES, 10)
     (gradient,) = torch.autograd.grad(method.losses(batch(), now()).terms["consistency"], table)
     assert gradient[:12].abs().sum() == 0 and (gradient[12:].abs().sum(dim=1) > 0).all()
-
-
-def test_both_terms_reach_the_network_and_ctaugment_gets_its_labelled_probe():
-    method = build(threshold=0.0)
-    samples = batch()
-    losses = method.losses(samples, now())
-    assert all(gradient_reaches(term, method.network.parameters()) for term in losses.terms.values())
-    ((_, images, labels),) = method.views.learnt
-    assert torch.equal(images, samples["labelled"].images) and torch.equal(labels, samples["labelled"].labels)
-
-
-@pytest.mark.parametrize("change", [{"threshold": 1.1}, {"threshold": "high"}, {"unlabelled_weight": -1.0}])
-def test_settings_are_checked(change):
-    with pytest.raises(SettingError):
-        FixMatchSettings(**change)

@@ -105,14 +105,6 @@ def test_masks_over_several_steps_use_the_status_before_the_step(warmup):
     assert len(seen) > 3  # the thresholds did move
 
 
-def test_state_travels_in_the_state_dict():
-    method = build()
-    method.select(torch.tensor([1, 5]), torch.tensor([2, 0]), torch.tensor([0.99, 0.2]))
-    other = build()
-    other.load_state_dict(method.state_dict())
-    assert other.selected.tolist() == [-1, 2, -1, -1, -1, -1, -1, -1]
-
-
 def test_losses_of_a_step():
     method, samples = build(unlabelled_weight=3.0), batch()
     method.selected = torch.tensor([0, 0, 0, 1, 1, 2, -1, 0])

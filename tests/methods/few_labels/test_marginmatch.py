@@ -18,7 +18,6 @@ from tests.methods.few_labels.fakes import (
     TinyNetwork,
     batch,
     cross_entropy,
-    gradient_reaches,
     items,
     now,
     pool,
@@ -258,21 +257,3 @@ def test_mislabelled_images_are_taught_the_extra_class():
     assert gradient[14, CLASSES] < 0
     others = [row for row in range(12, 20) if row != 14]
     assert (gradient[others, CLASSES] >= 0).all() and not losses.pseudo["positive"].mask[2]
-
-
-def test_both_terms_reach_both_heads():
-    method = build(threshold=0.0)
-    losses = method.losses(batch(), now(1, 20))
-    for term in losses.terms.values():
-        assert gradient_reaches(term, method.network.extra.parameters())
-        assert gradient_reaches(term, method.network.network.parameters())
-
-
-def test_state_travels_in_the_state_dict():
-    method, other = build(), build()
-    for step in range(6):
-        method.losses(batch(), now(step, 20))
-    assert method.mislabelled.sum() == 3 and method.apm_visits.sum() > 0 and method.subset_visits.sum() > 0
-    other.load_state_dict(method.state_dict())
-    for name, value in method.named_buffers():
-        assert torch.equal(value, dict(other.named_buffers())[name]), name

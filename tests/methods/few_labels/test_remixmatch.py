@@ -179,13 +179,6 @@ def test_the_wrapped_network_classifies_averages_and_is_trained_whole():
     )
 
 
-def test_state_travels_in_the_state_dict():
-    method, other = build(), build()
-    method.marginal, method.prior = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([1.0, 0.0, 0.0])
-    other.load_state_dict(method.state_dict())
-    assert torch.equal(other.marginal, method.marginal) and torch.equal(other.prior, method.prior)
-
-
 def test_ctaugment_is_shown_the_labelled_images():
     method, samples, teacher = build(), batch(4, 4), TinyNetwork(seed=3).eval()
     method.losses(samples, now(teacher=teacher))

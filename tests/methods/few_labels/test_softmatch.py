@@ -108,12 +108,3 @@ def test_losses_of_a_step(alignment):
     np.testing.assert_allclose(positive.mask, weight, rtol=1e-3)
     np.testing.assert_allclose(positive.confidence, weak.max(1), rtol=1e-5)
     assert all(gradient_reaches(term, method.network.parameters()) for term in losses.terms.values())
-
-
-def test_state_travels_in_the_state_dict_and_takes_no_gradient():
-    method, other = build(), build()
-    method.losses(batch(), now())
-    other.load_state_dict(method.state_dict())
-    for name in ("marginal", "mean", "variance"):
-        assert torch.equal(getattr(method, name), getattr(other, name)), name
-        assert not getattr(method, name).requires_grad

@@ -333,13 +333,3 @@ def run(folder, stop_at=None):
         with pytest.raises(Interrupted, match=f"step {stop_at} of 24"):
             start(stop_at)
     return start()
-
-
-@pytest.mark.parametrize("stop_at", [3, 8, 13])
-def test_rounds_resume_to_the_same_bits(tmp_path, stop_at):
-    whole, (network, _) = run(tmp_path / "whole")
-    resumed, (again, _) = run(tmp_path / "resumed", stop_at)
-    assert (whole.positive >= 0).any() and whole.negative.any()
-    assert torch.equal(whole.positive, resumed.positive) and torch.equal(whole.negative, resumed.negative)
-    for key, value in network.state_dict().items():
-        assert torch.equal(value, again.state_dict()[key]), key

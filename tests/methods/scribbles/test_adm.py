@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from repro.methods.scribbles.adm import ADM, ADMSettings
+from repro.methods.scribbles.trust_region import ADM, ADMSettings
 from repro.settings import SettingError
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, build

@@ -11,11 +11,10 @@ from repro.data.mask_views import PADDING
 from repro.methods.scribbles import trust_region as module
 from repro.methods.scribbles.trust_region import RobustTrustRegion, TrustRegion, refresh
 from repro.tasks.monitors import PixelMonitor
-from repro.train import Interrupted, seed_everything, train
+from repro.train import seed_everything, train
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, START, build
 from tests.methods.scribbles.test_steps import Short
-from tests.test_train import strip
 
 both = pytest.mark.parametrize("method", [TrustRegion, RobustTrustRegion])
 
@@ -145,21 +144,6 @@ def run(folder, stop_after=None):
         monitor=PixelMonitor(truth),
     )  # fmt: skip
     return built, history
-
-
-@pytest.mark.parametrize("stop_after", [3, 4, 5, 7, 8])
-def test_a_stopped_run_ends_bit_identical(tmp_path, stop_after):
-    """In the start, at its end, inside an epoch, at a refresh, after it."""
-    whole, history = run(tmp_path / "whole")
-    with pytest.raises(Interrupted, match=f"step {stop_after} of 10"):
-        run(tmp_path / "cut", stop_after)
-    resumed, rows = run(tmp_path / "cut")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    assert strip(history.rows) == strip(rows.rows)
-    assert whole.stage.item() == 1 and (whole.proposals[:4] < 3).all()
-    first = solved(RobustTrustRegion, potts_weight=2.0, gamma=1.0).proposals
-    assert not torch.equal(whole.proposals, first)  # stage A followed the network
 
 
 def test_robust_is_plain_without_outliers(tmp_path):

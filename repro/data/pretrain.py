@@ -1,6 +1,6 @@
 """Pretrains the `mini` backbones, which stand in for ImageNet weights, on pictures of single garments:
 
-    python -m repro.models.pretrain --source FOLDER
+    python -m repro.data.pretrain --source FOLDER
 
 FOLDER holds the official Fashion-MNIST files, as for `repro.data.embed`. Only garments that are not embedded in the
 package are used, train for training and test for the accuracy, and only their class: one garment in a picture, turned,
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         "digest": digest,
         "held_out": f"{len(held_out[1])} test garments that are not embedded, digest {held_out[2]}",
         "accuracy": f"{right:.4f}",
-        "command": f"python -m repro.models.pretrain --backbone {options.backbone} --epochs {options.epochs}",
+        "command": f"python -m repro.data.pretrain --backbone {options.backbone} --epochs {options.epochs}",
         "steps": str(options.epochs * (len(labels) // BATCH)),
         "normalisation": f"mean {MEAN}, std {STD} of pixels in [0, 1]",
         "torch": torch.__version__.partition("+")[0],
