@@ -194,14 +194,6 @@ def test_refinement_keeps_constants_and_commutes_with_what_it_should():
     torch.testing.assert_close(refine(images.flip(2), masks.flip(2)).flip(2), refined)
     torch.testing.assert_close(refine(0.5 * images + 0.1, masks), refined, rtol=1e-5, atol=1e-6)  # contrast
     assert (refined > 0).all() and refined.max() <= 1.01**10
-    # a flat image weights all neighbours alike
-    flat = refine(torch.full_like(images[:1], 0.3), masks[:1], (1,), 1)
-    distance = torch.tensor([1.0] * 4 + [math.sqrt(2)] * 4, dtype=torch.float64)
-    near, far = (-(distance / distance.std() / 0.3).square()).softmax(0)[[0, 4]]
-    padded = F.pad(masks[:1], (1,) * 4, mode="replicate")
-    kernel = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 1]]) * (1 / 8 + 0.01 * far)
-    kernel = kernel + torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]]) * (1 / 8 + 0.01 * near)
-    torch.testing.assert_close(flat, F.conv2d(padded, kernel[None, None].expand(2, 1, 3, 3), groups=2))
 
 
 def test_refinement_of_other_sizes_types_and_a_single_pixel():
@@ -216,18 +208,6 @@ def test_refinement_of_other_sizes_types_and_a_single_pixel():
     for dilations in ((), (0, 1)):
         with pytest.raises(ValueError, match="dilations are"):
             refine(images, masks, dilations)
-
-
-def test_an_edge_stops_the_refinement():
-    """A mask that leaks two pixels over a colour edge is drawn back to it."""
-    images = torch.zeros(1, 3, 16, 16)
-    images[..., 8:] = 1
-    images += 0.02 * torch.rand(1, 3, 16, 16, generator=generator())
-    masks = torch.zeros(1, 1, 16, 16)
-    masks[..., :10] = 1
-    refined = refine(images, masks, (1, 2, 4), 20)[0, 0]
-    leaked, kept = refined[2:-2, 8:10].mean(), refined[2:-2, :8].mean()
-    assert leaked < 0.5 < 0.9 < kept
 
 
 def refined_labels_by_hand(images, cam, tags, low, high, dilations, iterations):
@@ -345,7 +325,7 @@ def test_the_curve_by_hand():
     assert len(THRESHOLDS) == 100 and THRESHOLDS[0] == 0 and 0.5 in THRESHOLDS and THRESHOLDS[-1] < 1
 
 
-def test_over_activation_by_hand_and_from_labels():
+def test_over_activation_by_hand():
     counts = torch.tensor([[50, 6, 4, 0, 1], [5, 20, 2, 0, 0], [0, 2, 0, 0, 0], [0, 0, 0, 0, 0], [3, 0, 0, 0, 0]])
     rates = over_activation(counts)
     nan = math.nan
@@ -361,15 +341,6 @@ def test_over_activation_by_hand_and_from_labels():
     assert invented.ratio[1] == math.inf and invented.share[1] == 1 and invented.spill.isnan().all()
     many = over_activation(torch.stack([counts, 2 * counts]))
     assert torch.equal(many.share[0].nan_to_num(), many.share[1].nan_to_num()) and many.ratio.shape == (2, 5)
-    labels, truth = cam_labels(cams(5), tags_of(5), 0.3), truth_of(5, dtype=torch.int64)
-    rates = over_activation(confusion(truth, labels, C + 1).sum(0))
-    for c in range(C + 1):
-        seen = truth != 255
-        hit, false = ((labels == c) & seen & (truth == c)).sum(), ((labels == c) & seen & (truth != c)).sum()
-        assert rates.ratio[c].item() == pytest.approx((false / hit).item())
-        assert rates.share[c].item() == pytest.approx((false / (false + hit)).item())
-        spilt = ((labels == c) & (truth == 0)).sum() / (truth == c).sum()
-        assert c == 0 or rates.spill[c].item() == pytest.approx(spilt.item())
 
 
 def small_vit(class_tokens=2, **options):
@@ -438,26 +409,3 @@ def test_grad_cam_behind_a_pooled_linear_classifier_is_the_cam(pool):
     one = grad_cam(patches[:, :1], lambda x: pool(x @ weight.T), (1, 1))
     torch.testing.assert_close(one, raw_cam(patches[:, :1], weight, (1, 1)).relu())
     assert not patches.requires_grad
-
-
-def test_grad_cam_at_an_earlier_block_of_a_vit():
-    net = small_vit()
-    weight = torch.randn(C, 12, dtype=torch.float64, generator=generator(1))
-    x = torch.randn(2, 3, 12, 16, dtype=torch.float64, generator=generator())
-    tokens, grid = net.embed(x)
-    tokens, _ = net.block(0, tokens)
-    first = tokens[:, :2].detach()
-
-    def score(patches):
-        later = torch.cat([first, patches], 1)
-        for index in (1, 2):
-            later, _ = net.block(index, later)
-        return (net.norm(later)[:, 2:] @ weight.T).mean(1)
-
-    cam = grad_cam(tokens[:, 2:], score, grid)
-    patches = tokens[:, 2:].detach().requires_grad_()
-    torch.testing.assert_close(score(patches), (net(x).patches @ weight.T).mean(1))
-    for c in range(C):
-        slope = torch.autograd.grad(score(patches)[:, c].sum(), patches)[0]
-        expected = torch.stack([(patches[b] * slope[b].mean(0)).sum(1) for b in range(2)]).clamp(min=0)
-        torch.testing.assert_close(cam[:, c].flatten(1), expected.detach())

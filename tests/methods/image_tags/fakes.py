@@ -138,6 +138,19 @@ def balanced_oracle(logits, labels):
     return sum(0.5 * total / (count + 1e-6) for total, count in zip(sums, counts, strict=True))
 
 
+def head_oracle(trunk, tokens, labels):
+    """L_seg of the head of the patches, resized to the labels."""
+    maps = tokens.patches.mT.reshape(len(labels), -1, *tokens.grid)
+    return balanced_oracle(bilinear(trunk.head(maps), labels.shape[1:]), labels)
+
+
+def tag_oracles(trunk, tokens, tags):
+    """L_cls of the final and of the auxiliary patches, by torch."""
+    logits, logits_aux = trunk.classifier(tokens.patches.amax(1)), trunk.classifier_aux(tokens.auxiliary.amax(1))
+    losses = (F.multilabel_soft_margin_loss(scores, tags) for scores in (logits, logits_aux))
+    return dict(zip(("tags", "tags_aux"), losses, strict=True))
+
+
 def contrast_oracle(first, second, kinds):
     """.5 (1 - mean of alike) + .5 mean of apart of |cos| over pairs; kinds(b, i, j): True alike, False apart, None."""
     sums, counts = {True: 0.0, False: 0.0}, {True: 0, False: 0}

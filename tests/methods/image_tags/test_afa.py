@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -248,10 +247,7 @@ def test_terms_and_gradients_are_those_of_the_equations(step):
     method, samples = built(seg_weight=0.3, aff_weight=0.7), fakes.items(3)
     view, made = fakes.replayed(method, samples), method.network
     tokens = made.encoder(view.x)
-    expected = {
-        "tags": F.multilabel_soft_margin_loss(made.classifier(tokens.patches.amax(1)), samples.labels),
-        "tags_aux": F.multilabel_soft_margin_loss(made.classifier_aux(tokens.auxiliary.amax(1)), samples.labels),
-    }
+    expected = fakes.tag_oracles(made, tokens, samples.labels)
     if step >= 10:
         affinity, grid = affinity_oracle(made, view.x)
         cam = fakes.cam_oracle(fakes.main_cam(made), view.x).detach()
@@ -263,8 +259,7 @@ def test_terms_and_gradients_are_those_of_the_equations(step):
             taught = refined_labels(pixels, walked, samples.labels, 0.25, 0.7, valid)
             assert not torch.equal(taught, labels)
             labels = taught
-        maps = tokens.patches.mT.reshape(3, -1, 4, 4)
-        expected["segmentation"] = 0.3 * fakes.balanced_oracle(fakes.bilinear(made.head(maps), (SIDE, SIDE)), labels)
+        expected["segmentation"] = 0.3 * fakes.head_oracle(made, tokens, labels)
     found = method.losses({"tagged": samples}, fakes.now(step))
     assert found.terms.keys() == expected.keys() and found.pseudo == {}
     for name, term in found.terms.items():

@@ -24,7 +24,6 @@ from repro.methods.image_tags.dupl import (
     discrepancy,
     fit_mixture,
     noisy_labels,
-    two_means,
 )
 from tests.methods.image_tags import fakes
 from tests.methods.image_tags.fakes import CLASSES, SCALES, SIDE, Head
@@ -137,19 +136,6 @@ def test_mixture_is_the_slow_one_row_by_row(seed, size):
         expected = torch.tensor(slow_mixture(values), dtype=torch.float64).T
         for ours, theirs in zip(mixture, expected, strict=True):
             torch.testing.assert_close(ours[row], theirs, rtol=1e-7, atol=1e-9)
-
-
-@given(st.lists(st.floats(0, 10), min_size=2, max_size=30))
-@settings(max_examples=50, deadline=None)
-def test_two_means_has_the_smallest_error(values):
-    def error(limit):
-        parts = [value for value in values if value <= limit], [value for value in values if value > limit]
-        return sum(np.var(part) * len(part) for part in parts if part)
-
-    x = torch.tensor([values], dtype=torch.float64)
-    limit = two_means(x, torch.ones_like(x, dtype=torch.bool)).item()
-    best = min(error(value) for value in values)
-    assert error(limit) == pytest.approx(best, rel=1e-6, abs=1e-9)
 
 
 def images(noise=0.3, size=40):
@@ -288,9 +274,8 @@ def test_terms_and_gradients_are_those_of_the_equations(step):
         aux = fakes.cam_oracle(fakes.aux_cam(trunk), view.x).detach()
         labels = fakes.patch_label_oracle(aux, samples.labels, view.crop.padding, high=high)
         expected["patches"] = expected["patches"] + 0.4 * fakes.patch_oracle(part.patches, labels)
-        logits, logits_aux = trunk.classifier(part.patches.amax(1)), trunk.classifier_aux(part.auxiliary.amax(1))
-        expected["tags"] = expected["tags"] + F.multilabel_soft_margin_loss(logits, samples.labels)
-        expected["tags_aux"] = expected["tags_aux"] + F.multilabel_soft_margin_loss(logits_aux, samples.labels)
+        for name, term in fakes.tag_oracles(trunk, part, samples.labels).items():
+            expected[name] = expected[name] + term
     expected["apart"] = 0.5 * apart_oracle(*(part.patches for part in tokens))
     if step >= 10:
         pixels, valid = view.crop.images.float() / 255, ~view.crop.padding
