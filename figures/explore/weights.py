@@ -48,7 +48,7 @@ class Position:
     """Where the controls stand.
 
     image: of the pool's kept images. step: of training, an evaluation. selection: of SELECTIONS. threshold: tau.
-    alpha, features, rule: as in `separation.pixel_weights`.
+    alpha, features, rule: as in `csl.pixel_weights`.
     """
 
     image: int

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from repro.methods.few_masks.unimatch import FixMatch
-from repro.settings import SettingError
 from tests.methods.few_masks import fakes
 from tests.methods.few_masks.fakes import (
     NOW,
@@ -74,9 +73,3 @@ def test_what_the_unlabelled_masks_hold_changes_nothing():
     }
     valid = first.pseudo["pixels"].valid
     assert torch.equal(valid, samples["unlabelled"].labels != 254) and not valid.all()
-
-
-def test_the_threshold_is_a_probability():
-    assert FixMatch.Settings() == FixMatch.Settings(threshold=0.95)
-    with pytest.raises(SettingError, match=r"threshold is 1.1; it must lie in \[0, 1\]"):
-        FixMatch.Settings(threshold=1.1)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from repro.methods.scribbles.trust_region import ADM, ADMSettings
-from repro.settings import SettingError
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, build
 
@@ -112,10 +111,3 @@ def test_worker_processes_solve_the_same_and_live_from_step_to_step():
     workers[0].join(20)
     assert not workers[0].is_alive()
     assert "executor" not in here.state_dict()
-
-
-def test_published_settings_and_what_is_refused():
-    assert ADMSettings() == ADMSettings(1.0, 80.0, 1.5, 5, 8, "scipy", 0.1)
-    for change in ({"sweeps": 0}, {"neighbours": 6}, {"back_end": "gco"}, {"proposal_weight": -1.0}):
-        with pytest.raises(SettingError):
-            ADMSettings(**change)

@@ -1,13 +1,11 @@
 """Dense-GD: seeds and the dense CRF loss over all pairs of pixels of the view in 0..255, by a matrix."""
 
-import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from repro.methods.scribbles.baselines import DenseGD, DenseGDSettings, for_crop
-from repro.settings import SettingError
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, build
 
@@ -57,22 +55,3 @@ def test_a_smaller_copy_of_an_image_has_about_the_same_loss():
     after = small.weight * dense(probs, coarse, everywhere[1], 15.0, small.sigma_xy)
     assert after == pytest.approx(before, rel=0.01)
     assert for_crop(DenseGDSettings(), 513) == DenseGDSettings()
-
-
-def test_samples_are_drawn_from_the_views_generator():
-    """It is part of the checkpoint, so a resumed run draws the same ones."""
-    found = []
-    for seed in (0, 0, 1):
-        built = build(DenseGD, form="sampled", samples=9, weight=1e-3)
-        view = built.view(fakes.items())
-        built.views.generator.manual_seed(seed)
-        found.append(built.second(view, built.network(view.x)).terms["dense"].item())
-    assert found[0] == found[1] != found[2]
-
-
-def test_published_settings_and_what_is_refused():
-    published = {"weight": 2e-9, "sigma_rgb": 15.0, "sigma_xy": 100.0, "downscale": 0.5, "form": "exact", "rate": 1.0}
-    assert dataclasses.asdict(DenseGDSettings()).items() >= published.items()
-    for change in ({"form": "lattice"}, {"sigma_rgb": 0.0}, {"downscale": 2.0}, {"samples": 0}):
-        with pytest.raises(SettingError):
-            DenseGDSettings(**change)

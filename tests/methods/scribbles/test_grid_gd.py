@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from repro.methods.scribbles.baselines import GridGD, GridGDSettings
-from repro.settings import SettingError
+from repro.methods.scribbles.baselines import GridGD
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, build
 
@@ -49,10 +48,3 @@ def test_a_step_is_that_of_loops(relaxation, neighbours):
     assert losses.terms["potts"].item() == pytest.approx(7 * expected, rel=1e-4)
     surprise = fakes.surprise(logits, crop.masks)
     assert losses.terms["seeds"].item() == pytest.approx(sum(surprise.values()).item() / len(surprise) / 2, rel=1e-4)
-
-
-def test_published_settings_and_what_is_refused():
-    assert GridGDSettings() == GridGDSettings(100.0, "bilinear", 8, 1e-4)
-    for change in ({"relaxation": "cubic"}, {"neighbours": 6}, {"potts_weight": -1.0}):
-        with pytest.raises(SettingError):
-            GridGDSettings(**change)

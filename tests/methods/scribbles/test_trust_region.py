@@ -1,8 +1,6 @@
 """Trust region: when stage A runs, how proposals move with the crop, the terms by loops, and a run that is cut."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -11,10 +9,8 @@ from repro.data.mask_views import PADDING
 from repro.methods.scribbles import trust_region as module
 from repro.methods.scribbles.trust_region import RobustTrustRegion, TrustRegion, refresh
 from repro.tasks.monitors import PixelMonitor
-from repro.train import seed_everything, train
 from tests.methods.scribbles import fakes
-from tests.methods.scribbles.fakes import SECOND, START, build
-from tests.methods.scribbles.test_steps import Short
+from tests.methods.scribbles.fakes import SECOND, build
 
 both = pytest.mark.parametrize("method", [TrustRegion, RobustTrustRegion])
 
@@ -115,35 +111,7 @@ def test_the_monitor_measures_proposals_against_the_hidden_masks():
     assert 0 < expected < 1 and monitor.read()["proposals"]["accuracy"] == pytest.approx(expected)
 
 
-def test_state_of_a_checkpoint():
-    state = build(TrustRegion).state_dict()
-    assert state["proposals"].shape == (fakes.COUNT, fakes.SIDE, fakes.SIDE) and (state["proposals"] == 255).all()
-    assert state["stage"].item() == 0
-
-
 # Whole runs
-
-
-def run(folder, stop_after=None):
-    """4 + 6 steps with a stage A every epoch of 3; `stop_after` asks to stop when that many are done."""
-    seed_everything(5)
-    built = build(RobustTrustRegion, refresh=1, potts_weight=2.0, gamma=1.0, rate=1.0)
-    original = built.losses
-
-    def losses(batch, now):
-        if now.stage * START + now.step == (stop_after or 0) - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(batch, now)
-
-    built.losses = losses
-    generators = {"views": built.views.generator}
-    truth = torch.zeros_like(fakes.pool().labels)
-    evaluate = lambda net: {"sum": sum(p.double().sum().item() for p in net.parameters())}  # noqa: E731
-    _, history = train(
-        built, fakes.pool(), Short(), folder, seed=5, evaluate=evaluate, generators=generators,
-        monitor=PixelMonitor(truth),
-    )  # fmt: skip
-    return built, history
 
 
 def test_robust_is_plain_without_outliers(tmp_path):
