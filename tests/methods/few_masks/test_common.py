@@ -1,7 +1,6 @@
 """Losses against torch, sorting and sums by hand; streams, learning rates, crops and fixed-threshold targets."""
 
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +17,6 @@ from repro.methods.few_masks import METHODS
 from repro.methods.few_masks.common import (
     LABELLED,
     OHEM_KEPT,
-    MaskMethod,
-    PixelTargets,
     cross_entropy,
     detached,
     ohem,
@@ -28,9 +25,8 @@ from repro.methods.few_masks.common import (
 )
 from repro.methods.few_masks.unimatch import FixMatch
 from repro.models.deeplab import deeplab
-from repro.train import IndexStream, Items, Losses, hash_seed, train
+from repro.train import IndexStream, Items, hash_seed
 from tests.methods.few_masks import fakes
-from tests.test_train import ToyRecipe
 
 
 def maps(seed, classes=4, size=(2, 5, 7), unknown=0.3):
@@ -72,17 +68,12 @@ def test_cross_entropy_is_torchs_on_the_known_pixels(seed, classes):
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
 
 
-def test_cross_entropy_by_hand():
-    logits = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [0.0, 0.0], [9.0, -9.0]]).T.reshape(1, 2, 2, 2)
-    labels = torch.tensor([[[1, 1], [0, 255]]], dtype=torch.uint8)  # probabilities 3/4, 1/4, 1/2
-    expected = -(math.log(3 / 4) + math.log(1 / 4) + math.log(1 / 2)) / 3
-    assert cross_entropy(logits, labels).item() == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize("loss", LABELLED.values(), ids=LABELLED)
 def test_without_a_label_the_loss_and_its_gradient_are_zero(loss):
     logits, labels = maps(0, unknown=1.1)
     logits = (1e4 * logits).requires_grad_()
+    nothing = torch.zeros(labels.shape)
+    assert weighted_cross_entropy(logits, torch.zeros_like(labels).long(), nothing, nothing.bool()).item() == 0
     value = loss(logits, labels)
     assert value.item() == 0
     assert torch.equal(torch.autograd.grad(value, logits)[0], torch.zeros_like(logits))
@@ -103,15 +94,11 @@ def test_half_precision_is_widened_before_anything_is_computed(loss, dtype):
 
 
 @given(st.integers(0, 1000), st.floats(0, 1), st.integers(1, 80))
-def test_ohem_is_the_mean_of_the_hardest(seed, threshold, kept):
+def test_ohem_is_the_mean_of_the_hardest_and_ties_count_together(seed, threshold, kept):
+    """Random pixels, then pixels drawn from five: many are equal, and equal ones are in or out together."""
     logits, labels = maps(seed, unknown=seed % 4 / 3)
     value = ohem(logits, labels, threshold, kept).item()
     assert value == pytest.approx(sorted_ohem(logits, labels, threshold, kept), rel=1e-5)
-
-
-@given(st.integers(0, 1000), st.floats(0, 1), st.integers(1, 40))
-def test_ties_at_the_limit_count_together(seed, threshold, kept):
-    """Pixels drawn from five: many are equal, and equal ones are in or out together."""
     rng = np.random.default_rng(seed)
     table, classes = torch.tensor(rng.normal(0, 2, (5, 3)), dtype=torch.float32), torch.tensor([0, 1, 2, 1, 255])
     drawn = torch.tensor(rng.integers(5, size=(2, 4, 4)))
@@ -158,14 +145,6 @@ def test_fewer_labels_than_are_kept_count_all_however_easy(unknown):
         torch.testing.assert_close(ohem(logits, labels, 0.1, kept), cross_entropy(logits, labels))
 
 
-def test_published_numbers_keep_200_000_of_more():
-    logits, labels = maps(3, classes=3, size=(1, 520, 520), unknown=0.1)
-    logits = logits + 8 * F.one_hot(labels.long().clamp(max=2), 3).permute(0, 3, 1, 2)
-    value, every = ohem(logits, labels).item(), cross_entropy(logits, labels).item()
-    assert value == pytest.approx(sorted_ohem(logits, labels, 0.7, 200_000), rel=1e-4)
-    assert value == pytest.approx(every * (labels != 255).sum().item() / 200_000, rel=0.01)  # the easy ones add little
-
-
 def test_only_hard_pixels_have_a_gradient():
     logits, labels = pixels(0.9, 0.1, 0.8, 0.3)
     logits.requires_grad_()
@@ -203,14 +182,6 @@ def test_weighted_cross_entropy_is_a_sum_over_pixels(seed):
     assert torch.equal(gradient.abs().sum(1) > 0, weight > 0)
 
 
-def test_nothing_valid_costs_nothing():
-    logits, labels = maps(4)
-    logits.requires_grad_()
-    nothing = torch.zeros(labels.shape)
-    value = weighted_cross_entropy(logits, torch.zeros_like(labels).long(), nothing, nothing.bool())
-    assert value.item() == 0 and not torch.autograd.grad(value, logits)[0].any()
-
-
 # Streams, learning rates, crops
 
 
@@ -245,34 +216,6 @@ def test_backbone_and_head_are_trained_at_their_own_rates(method):
     assert backbone["weight_decay"] == head["weight_decay"] == 1e-4  # on batch norms and biases too
 
 
-@dataclass(frozen=True)
-class OneStep(ToyRecipe):
-    batch: int = 2
-    steps: int = 1
-    momentum: float = 0.0
-    nesterov: bool = False
-    schedule: str = "poly-0.9"
-    ema: float = 0.0
-
-
-def test_the_loop_multiplies_the_heads_rate(tmp_path):
-    """One SGD step: theta - lr * factor * (gradient + decay * theta), by hand."""
-    network, samples = fakes.TinyNetwork(), fakes.batch()
-    labelled = samples["labelled"]
-    method = fakes.build(FixMatch, network)
-    method.streams = lambda pool, recipe: {"labelled": (torch.arange(2), 2)}
-    method.losses = lambda batch, now: Losses({"supervised": network(batch["labelled"].images / 255).square().mean()})
-    before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    loss = network(labelled.images / 255).square().mean()
-    gradients = dict(zip(before, torch.autograd.grad(loss, list(network.parameters())), strict=True))
-    pool = SimpleNamespace(images=labelled.images, labels=labelled.labels)
-    train(method, pool, OneStep(), tmp_path, seed=0, evaluate=lambda net: {"miou": 0.0})
-    for name, p in network.named_parameters():
-        rate = 0.05 * (1.0 if name.startswith("backbone.") else 10.0)
-        expected = before[name] - rate * (gradients[name] + 1e-3 * before[name])
-        torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-6)
-
-
 def test_void_of_hidden_masks_stays_valid_and_only_padding_does_not():
     """Real views: 255 is ignored by the labelled loss, but just what lies beyond the image, or 254, is padding."""
     images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
@@ -289,48 +232,6 @@ def test_void_of_hidden_masks_stays_valid_and_only_padding_does_not():
     assert torch.equal(~crop.padding, inside) and not crop.images[:, :, 8:].any() and not crop.images[..., 8:].any()
 
 
-def test_crops_come_in_the_order_of_the_streams():
-    samples = fakes.batch()
-    found = MaskMethod(None, nn.Identity(), fakes.FakeViews(), 3, cross_entropy).crops(samples)
-    for crop, part in zip(found, samples.values(), strict=True):
-        assert torch.equal(crop.images, part.images * (part.labels != 254)[:, None])
-
-
-# Targets
-
-
-def targets(seed, batch=3, size=5):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, size, size)
-    valid = torch.rand(shape, generator=generator) < 0.7
-    return PixelTargets(
-        torch.randint(4, shape, generator=generator), torch.rand(shape, generator=generator) * valid,
-        torch.rand(shape, generator=generator), valid,
-    )  # fmt: skip
-
-
-def test_pasting_moves_label_weight_confidence_and_validity_together():
-    mine, theirs = targets(0), targets(1)
-    where = torch.zeros(3, 5, 5, dtype=torch.bool)
-    where[1, 1:4, 2:] = True
-    where[2] = True
-    found = mine.pasted(theirs, where)
-    for name in ("label", "weight", "confidence", "valid"):
-        ours, other, result = (vars(part)[name] for part in (mine, theirs, found))
-        assert torch.equal(result[0], ours[0]) and torch.equal(result[2], other[2])
-        assert torch.equal(result[1, 1:4, 2:], other[1, 1:4, 2:])
-        assert torch.equal(result[1, :, :2], ours[1, :, :2]) and torch.equal(result[1, 4], ours[1, 4])
-        assert result.dtype == ours.dtype
-    assert not (found.weight * ~found.valid).any()
-
-
-def test_the_report_is_of_the_targets_in_their_window():
-    part, crop = targets(0), SimpleNamespace(window="here")
-    (kind, told), *rest = part.report(torch.tensor([4, 2, 9]), crop).items()
-    assert kind == "pixels" and not rest and told.window == "here" and told.index.tolist() == [4, 2, 9]
-    assert all(vars(told)[name] is value for name, value in vars(part).items())
-
-
 def test_a_threshold_is_reached_at_equality_and_padding_never_counts():
     logits = torch.zeros(1, 4, 2, 2)  # a probability of exactly 1/4 everywhere
     logits[0, 2, 0, 1] = 5.0
@@ -340,13 +241,6 @@ def test_a_threshold_is_reached_at_equality_and_padding_never_counts():
         assert found.weight.flatten().tolist() == [chosen, False, chosen, chosen] and found.weight.dtype == torch.bool
     assert found.label.tolist() == [[[0, 2], [0, 0]]] and torch.equal(found.valid, ~padding)
     assert found.confidence[0, 0, 1].item() == pytest.approx(torch.tensor([0.0, 0, 5, 0]).softmax(0)[2].item())
-
-
-def test_targets_have_no_gradient_and_are_computed_in_float32():
-    logits = (3 * torch.randn(2, 3, 4, 4)).bfloat16().requires_grad_()
-    found = threshold_targets(logits, torch.zeros(2, 4, 4, dtype=torch.bool), 0.8)
-    assert found.confidence.dtype == torch.float32 and not found.confidence.requires_grad
-    assert torch.equal(found.confidence, logits.detach().float().softmax(1).amax(1))
 
 
 def test_detached_logits_keep_the_networks_mode():

@@ -129,27 +129,6 @@ def test_features_term_by_term(form, classes, scale):
     assert found.label.dtype == torch.int64 and found.confidence.shape == (2, 4, 5)
 
 
-def test_features_by_hand():
-    probs = torch.tensor([0.7, 0.2, 0.1, 0.0]).view(1, 4, 1, 1)
-    m = 0.1
-    assert confidence_features(probs).residual.item() == pytest.approx((0.01 + 0 + 0.01 + m**2) / 3)
-    assert confidence_features(probs, "paper").residual.item() == pytest.approx(-0.02 / 3)
-
-
-def test_two_classes_leave_nothing_to_disperse():
-    probs = maps(0, classes=2, dtype=torch.float64)
-    found = confidence_features(probs)
-    torch.testing.assert_close(found.residual, (1 - found.confidence) ** 2, rtol=1e-9, atol=1e-18)
-    assert confidence_features(probs, "paper").residual.abs().max() < 1e-30
-
-
-def test_forms_differ_by_the_mean_square_and_the_sign():
-    probs = maps(1, dtype=torch.float64)
-    released, paper = (confidence_features(probs, form) for form in FORMS)
-    m = (1 - released.confidence) / 5
-    torch.testing.assert_close(released.residual, m**2 / 5 - paper.residual, rtol=1e-12, atol=0)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scale", [2.0, 8.0, 14.0])
 def test_residual_keeps_its_digits_in_float32(form, scale):
@@ -192,27 +171,6 @@ def test_features_stay_in_their_range_and_have_no_gradient():
     assert not image_weights(probs, everywhere(probs))[0].requires_grad
 
 
-def test_features_leave_their_input_alone():
-    for dtype in (torch.float32, torch.float64):
-        probs = maps(5, dtype=dtype)
-        before = probs.clone()
-        image_weights(probs, some_valid(0, (2, 9, 13)))
-        assert torch.equal(probs, before)
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 3, 3), (2, 3)])
-def test_features_refuse_other_shapes(shape):
-    with pytest.raises(ValueError, match="K of at least 2"):
-        confidence_features(torch.ones(shape))
-
-
-def test_features_refuse_integers_and_unknown_forms():
-    with pytest.raises(ValueError, match="must be floating"):
-        confidence_features(torch.ones(1, 3, 2, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="form is 'variance'; it must be one of 'released', 'paper'"):
-        confidence_features(torch.ones(1, 3, 2, 2), "variance")
-
-
 # Split
 
 
@@ -246,15 +204,6 @@ def test_split_equals_the_svd_of_any_plane(seed, n, decade):
     assert (got == left.argmax(1))[clear].all()
 
 
-def test_split_by_hand():
-    """Columns (1, 1, 1) and (-a, a, 0) are orthogonal: |Y| is 1 / sqrt 3 everywhere, and 1 / sqrt 2, 1 / sqrt 2, 0."""
-    valid = torch.ones(1, 3, 1, dtype=torch.bool)
-    cluster = separate(column(1, 1, 1), column(-0.01, 0.01, 0), valid)
-    assert cluster.flatten().tolist() == [1, 1, 0]
-    low, high = cone(*gram(column(1, 1, 1).flatten(1), column(-0.01, 0.01, 0).flatten(1), valid.flatten(1)))
-    assert high.item() == pytest.approx(0.01 * math.sqrt(2 / 3)) and low.item() == pytest.approx(-high.item())
-
-
 def test_cone_has_the_opening_of_the_singular_values():
     found = confidence_features(maps(7, batch=1, classes=21, dtype=torch.float64))
     c, r = found.confidence.flatten(), found.residual.flatten()
@@ -271,13 +220,6 @@ def test_columns_of_very_different_size_keep_their_digits():
     c, r = rng.uniform(0.5, 1, 500), rng.uniform(0, 1, 500) * 1e-9
     cluster = separate(column(*c), column(*r), torch.ones(1, 500, 1, dtype=torch.bool)).flatten()
     assert cluster.tolist() == split_of(c, r).tolist()
-
-
-def test_split_reads_the_sign_of_the_residual_only_for_its_direction():
-    found = confidence_features(maps(8))
-    valid = some_valid(8, found.label.shape)
-    assert torch.equal(separate(found.confidence, -found.residual, valid),
-                       separate(found.confidence, found.residual, valid))  # fmt: skip
 
 
 def test_split_in_blocks_is_the_split():
@@ -361,10 +303,6 @@ def test_the_means_themselves_are_reliable():
     assert weigh((0.8,), (0.14,)) == pytest.approx([math.exp(-4 / 8)])  # strict: z_c = 0 is not enough
 
 
-def test_width_of_the_gaussian_is_two_deviations():
-    assert weigh((0.6,), (0.1,))[0] == pytest.approx(math.exp(-(2**2) / (2 * 2**2)))
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("features", FEATURES)
@@ -417,33 +355,24 @@ def test_weights_lie_in_the_unit_interval_and_rise_with_the_reliable_side(seed, 
     assert torch.equal(weigh(c, r, soft=False), (weights == 1).double())
 
 
-def test_and_never_exceeds_or():
-    probs = maps(13)
-    loose, strict = (image_weights(probs, everywhere(probs), rule=rule)[0] for rule in RULES)
-    assert (strict <= loose).all() and (strict < loose).any()
-
-
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("call", "message"),
     [
-        ({"form": "x"}, "form is 'x'"),
-        ({"rule": "xor"}, "rule is 'xor'; it must be one of 'or', 'and'"),
-        ({"features": "all"}, "features is 'all'; it must be one of 'both', 'confidence', 'dispersion'"),
-        ({"scope": "pixel"}, "scope is 'pixel'; it must be one of 'image', 'class', 'batch'"),
+        (lambda p, v: confidence_features(p[:, :1]), "K of at least 2"),
+        (lambda p, v: confidence_features(p[0]), "K of at least 2"),
+        (lambda p, v: confidence_features(p.long()), "must be floating"),
+        (lambda p, v: image_weights(p, v, form="x"), "form is 'x'; it must be one of 'released', 'paper'"),
+        (lambda p, v: image_weights(p, v, rule="xor"), "rule is 'xor'; it must be one of 'or', 'and'"),
+        (lambda p, v: image_weights(p, v, features="all"), "features is 'all'"),
+        (lambda p, v: image_weights(p, v, scope="pixel"), "scope is 'pixel'; it must be one of 'image', 'class'"),
+        (lambda p, v: image_weights(p, v.byte()), r"valid is torch.uint8 \(2, 9, 13\); it must be bool"),
+        (lambda p, v: image_weights(p, v[:1]), "must be bool"),
     ],
 )
-def test_unknown_names(wrong, message):
+def test_refused(call, message):
     probs = maps(14)
     with pytest.raises(ValueError, match=message):
-        image_weights(probs, everywhere(probs), **wrong)
-
-
-def test_valid_must_be_a_mask_of_the_pixels():
-    probs = maps(15)
-    with pytest.raises(ValueError, match=r"valid is torch.uint8 \(2, 9, 13\); it must be bool \(2, 9, 13\)"):
-        image_weights(probs, everywhere(probs).byte())
-    with pytest.raises(ValueError, match="must be bool"):
-        image_weights(probs, everywhere(probs)[:1])
+        call(probs, everywhere(probs))
 
 
 # Scopes and invariances
@@ -467,36 +396,12 @@ def test_order_of_pixels_does_not_matter():
         torch.testing.assert_close(image_weights(*shuffled, scope=scope)[0], expected, rtol=1e-6, atol=1e-12)
 
 
-def test_order_of_classes_does_not_matter():
-    probs, valid = maps(19), some_valid(19, (2, 9, 13))
-    for scope in SCOPES:
-        torch.testing.assert_close(image_weights(probs.flip(1), valid, scope=scope)[0],
-                                   image_weights(probs, valid, scope=scope)[0], rtol=1e-5, atol=1e-12)  # fmt: skip
-
-
-def test_batch_of_one_is_an_image():
-    probs, valid = maps(20, batch=1), some_valid(20, (1, 9, 13))
-    assert torch.equal(image_weights(probs, valid, scope="batch")[0], image_weights(probs, valid)[0])
-
-
 @pytest.mark.parametrize("rows", [1, 2 * 9 * 13 * 4, 2**22])
 def test_classes_in_chunks(rows, monkeypatch):
     probs, valid = maps(21), some_valid(21, (2, 9, 13))
     expected = image_weights(probs, valid, scope="class")[0]
     monkeypatch.setattr(separation, "ROWS", rows)
     assert torch.equal(image_weights(probs, valid, scope="class")[0], expected)
-
-
-def test_a_class_without_pixels_changes_nothing():
-    probs = maps(22, classes=3, dtype=torch.float64)
-    probs[:, 2] = 0
-    probs /= probs.sum(1, keepdim=True)
-    weights, found = image_weights(probs, everywhere(probs), scope="class")
-    assert not (found.label == 2).any() and weights.isfinite().all() and (weights > 0).all()
-    for k in (0, 1):
-        members = found.label[0] == k
-        expected = weights_of(found.confidence[0][members].numpy(), found.residual[0][members].numpy())
-        np.testing.assert_allclose(weights[0][members], expected, rtol=1e-9)
 
 
 # Edge cases of the released code
@@ -539,12 +444,6 @@ def test_an_empty_cluster_loses(full):
     assert got.mean_r.item() == pytest.approx(0.15) and got.var_r.item() == pytest.approx(0.005)
 
 
-def test_a_cluster_of_one_pixel():
-    c, r, valid = column(0.9, 0.5, 0.4), column(0.01, 0.02, 0.03), torch.ones(1, 3, 1, dtype=torch.bool)
-    got = reliable_statistics(c, r, column(1, 0, 0).long(), valid)
-    assert (got.mean_c.item(), got.mean_r.item(), got.var_c.item(), got.var_r.item()) == (0.9, 0.01, 0, 0)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("soft", [True, False])
 def test_equal_pixels_all_weigh_one(form, soft):
@@ -554,14 +453,6 @@ def test_equal_pixels_all_weigh_one(form, soft):
         for scope in SCOPES:
             weights = image_weights(probs, valid, form=form, soft=soft, scope=scope)[0]
             assert torch.equal(weights, valid.float())
-
-
-def test_two_classes_in_the_papers_form_are_one_cluster():
-    probs = maps(26, classes=2)
-    weights, found = image_weights(probs, everywhere(probs), form="paper")
-    assert (separate(found.confidence, found.residual, everywhere(probs)) == 0).all()
-    mean = found.confidence.double().mean((1, 2), keepdim=True)
-    assert ((weights == 1) == (found.confidence > mean)).all()
 
 
 def test_zero_variance_is_measured_in_the_root_of_eps():
@@ -584,13 +475,6 @@ def test_what_ignored_pixels_hold_does_not_matter(value, scope, form):
     c, r = (torch.where(valid, x, value) for x in (found.confidence, found.residual))
     cluster = separate(c, r, valid)
     assert torch.equal(cluster, separate(found.confidence, found.residual, valid)) and (cluster[~valid] == 0).all()
-
-
-def test_ignored_pixels_are_as_if_cut_out():
-    probs, valid = maps(28, batch=1), some_valid(28, (1, 9, 13))
-    kept = probs[0][:, valid[0]][None, :, :, None]
-    cut = image_weights(kept, everywhere(kept))[0].flatten()
-    torch.testing.assert_close(image_weights(probs, valid)[0][valid], cut, rtol=1e-6, atol=0)
 
 
 # How it runs

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repro.methods.scribbles import METHODS
 from repro.methods.scribbles.baselines import DenseGD, DenseGDSettings, Full, GridGD, PartialCE, for_crop
 from repro.train import Items
 from tests.methods.scribbles import fakes
@@ -39,10 +38,6 @@ def test_the_loss_is_cross_entropy_over_known_pixels(now):
     assert losses.terms.keys() == {"masks"} and losses.terms["masks"].item() == pytest.approx(expected.item(), rel=1e-6)
     with pytest.raises(KeyError):  # it does not take a stream of scribbles for masks
         built.losses({"scribbles": sample}, now)
-
-
-def test_no_other_method_asks_for_masks():
-    assert [name for name, method in METHODS.items() if method.supervision == "masks"] == ["full"]
 
 
 def dense(probs, colours, roi, sigma_rgb, sigma_xy):

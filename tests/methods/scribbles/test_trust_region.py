@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from repro.data.mask_views import PADDING
 from repro.methods.scribbles import trust_region as module
 from repro.methods.scribbles.trust_region import ADM, ADMSettings, RobustTrustRegion, TrustRegion, refresh, report
 from repro.solvers.cuts import SolverSettings, solve
 from repro.solvers.potts import contrast_grid, problems, proposal_energy
-from repro.tasks.monitors import PixelMonitor
 from repro.train import Items
 from tests.methods.scribbles import fakes
 from tests.methods.scribbles.fakes import SECOND, build
@@ -57,20 +55,6 @@ def test_the_pass_solves_each_image_alone(monkeypatch, batch, restricted, neighb
         assert solutions[number].energy == pytest.approx(found.energy, rel=1e-5)
     background = solutions[0].start_energy
     assert solutions[0].energy < background
-
-
-def test_seeds_stay_labels_are_the_scribbles_and_padding_has_none():
-    pool, stored = fakes.pool(), empty()
-    refresh(fakes.TinyNetwork(), fakes.views(), pool, stored, SETTINGS)
-    seeded = pool.labels < fakes.CLASSES
-    assert torch.equal(stored[seeded], pool.labels[seeded])
-    for labels, proposal in zip(pool.labels, stored, strict=True):
-        assert set(proposal[labels != 254].tolist()) == set(labels[labels < fakes.CLASSES].tolist())
-        assert (proposal[labels == 254] == 255).all()
-    free = empty()
-    refresh(fakes.TinyNetwork(), fakes.views(), pool, free, SolverSettings(potts_weight=0.01, restricted=False))
-    assert torch.equal(free[seeded], pool.labels[seeded])
-    assert any(len(proposal[proposal < 255].unique()) == 3 for proposal in free)
 
 
 def test_energy_falls_from_the_stored_proposal_and_is_the_papers():
@@ -146,13 +130,6 @@ def test_pools_that_read_files_are_asked_for_images():
     assert torch.equal(found, expected) and asked == [[0, 1, 2, 3, 4]]
 
 
-def test_worker_processes_give_the_same_proposals():
-    found, expected = empty(), empty()
-    refresh(fakes.TinyNetwork(), fakes.views(), fakes.pool(), found, SETTINGS, workers=1)
-    refresh(fakes.TinyNetwork(), fakes.views(), fakes.pool(), expected, SETTINGS)
-    assert torch.equal(found, expected)
-
-
 def test_the_report_is_of_proposals_outside_seeds():
     logits = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
     proposals = torch.tensor([[[0, 2], [255, 1]]], dtype=torch.uint8)
@@ -200,17 +177,6 @@ def test_stage_a_runs_every_few_epochs_of_the_second_stage(monkeypatch):
 
 
 @both
-def test_stage_a_is_the_pass_from_the_stored_proposals(method):
-    built = solved(method, gamma=1.0, potts_weight=2.0)
-    expected = torch.full_like(built.proposals, 255)
-    other = build(method, gamma=1.0, potts_weight=2.0)
-    for _ in range(2):
-        refresh(other.network, other.views, fakes.pool(), expected, other.settings.solver)
-    built.begin_epoch(5, fakes.pool())
-    assert torch.equal(built.proposals, expected) and built.proposals.dtype == torch.uint8
-
-
-@both
 @pytest.mark.parametrize("soften", [0.0, 0.2])
 def test_a_step_is_that_of_loops(method, soften):
     built = solved(method, soften=soften, potts_weight=2.0, gamma=1.0)
@@ -252,25 +218,6 @@ def test_small_images_are_padded_and_padding_has_no_proposal():
     for n, i, j in torch.nonzero(told.valid).tolist():
         row, column = int(crop.window.row[n, i]), int(crop.window.column[n, j])
         assert told.label[n, i, j] == built.proposals[sample.index[n], row, column]
-
-
-def test_the_monitor_measures_proposals_against_the_hidden_masks():
-    built, pool = solved(TrustRegion), fakes.pool()
-    truth = torch.randint(3, pool.labels.shape, generator=torch.Generator().manual_seed(1)).byte()
-    sample = fakes.items()
-    told = built.losses({"scribbles": sample}, SECOND).pseudo
-    monitor = PixelMonitor(truth)
-    monitor.observe(told)
-    crop = fakes.again(sample)
-    moved = crop.window.maps(truth[sample.index], PADDING)
-    proposals = crop.window.maps(built.proposals[sample.index], 255)
-    # padding of the pool has no proposal, and what the window adds has no truth
-    outside_seeds = (proposals < 3) & (crop.masks == 255)
-    expected = (proposals == moved)[outside_seeds].double().mean().item()
-    assert 0 < expected < 1 and monitor.read()["proposals"]["accuracy"] == pytest.approx(expected)
-
-
-# Whole runs
 
 
 def test_robust_is_plain_without_outliers(tmp_path):
@@ -357,12 +304,6 @@ def test_seeds_are_free_in_the_cut_and_all_labels_allowed():
     assert (found != view.crop.masks)[view.crop.masks < 3].any() and len(found[0][view.roi[0]].unique()) == 3
     stiff = build(ADM, potts_weight=1e4)
     assert all(len(labels[roi].unique()) == 1 for labels, roi in zip(stiff.solved(view, logits), view.roi, strict=True))
-
-
-def test_proposals_carry_no_gradient():
-    built, view = build(ADM), build(ADM).view(fakes.items())
-    logits = torch.randn(3, 3, fakes.SIDE, fakes.SIDE, requires_grad=True)
-    assert not built.solved(view, logits).requires_grad and built.solved(view, logits).dtype == torch.uint8
 
 
 def test_worker_processes_solve_the_same_and_live_from_step_to_step():
