@@ -449,12 +449,15 @@ def graph_of(problem: Problem, roi: NDArray, seeds: NDArray, settings: SolverSet
 
 
 @contextlib.contextmanager
-def start_workers(count: int) -> Iterator[Executor]:
-    """Processes for `solve_all`, each with one thread; they live until the end of the `with` block.
+def start_workers(count: int) -> Iterator[Executor | None]:
+    """Processes for `solve_all`, each with one thread, until the end of the `with` block. None for a count of 0.
 
     They are spawned, not forked, so a script that uses them needs `if __name__ == "__main__":`. Ctrl-C reaches all
     processes of a terminal; here only the caller decides what it means, and workers finish what they are given.
     """
+    if not count:
+        yield None
+        return
     pool = ProcessPoolExecutor(
         count, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
     )

@@ -102,11 +102,6 @@ def relaxed_potts(probs: Tensor, grid: Grid, form: str = "bilinear") -> Tensor:
     return grid.mean_of(costs)
 
 
-def potts_loss(probs: Tensor, grid: Grid, weight: float = 100.0, form: str = "bilinear") -> Tensor:
-    """lambda times the batch mean of `relaxed_potts`, a scalar. weight: lambda."""
-    return weight * relaxed_potts(probs, grid, form).mean()
-
-
 def proposal_energy(labels: Tensor, log_probs: Tensor, grid: Grid, gamma: float = 0.1, weight: float = 100.0) -> Tensor:
     """E(X) of stage A, (B,): gamma / |Omega| sum_p -log S_p[X_p] + lambda R(X).
 

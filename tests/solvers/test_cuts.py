@@ -263,6 +263,35 @@ def test_every_back_end_gives_the_same_labels():
                 assert (other.energies, other.cuts) == (found[0].energies, found[0].cuts)
 
 
+@pytest.mark.parametrize("bad", [lambda cost: np.ones(len(cost), bool), lambda cost: cost > 0])
+def test_a_cut_that_raises_the_energy_is_refused(monkeypatch, bad):
+    monkeypatch.setitem(BACK_ENDS, "scipy", ("scipy", "scipy", lambda cost, *_: bad(cost)))
+    rng = np.random.default_rng(6)
+    for _ in range(20):
+        graph = grid_of(4, 4, 3, rng, quarters(rng))
+        found = alpha_expansion(graph, rng.integers(0, 3, 16))
+        assert all(after < before for before, after in itertools.pairwise(found.energies))
+        assert found.energies[-1] == graph_energy(graph, found.labels)
+
+
+def test_small_problems():
+    rng, none = np.random.default_rng(8), np.zeros((2, 0), int)
+    one = Graph(np.array([[3.0], [1], [2]]), none, np.zeros(0), np.array([-1]))
+    assert alpha_expansion(one, np.array([0])).labels.tolist() == [1]
+    assert alpha_expansion(one, np.array([0]), [0, 2]).labels.tolist() == [2]
+    assert alpha_expansion(one, np.array([0]), sweeps=0).energies == (3.0,)
+    empty = Graph(np.zeros((3, 0)), none, np.zeros(0), np.zeros(0, int))
+    found = alpha_expansion(empty, np.zeros(0, int))
+    assert found.labels.shape == (0,) and found.energies == (0.0,) and found.cuts == 0
+    lone = grid_of(2, 3, 1, rng, quarters(rng))
+    assert alpha_expansion(lone, np.zeros(6, int)).labels.tolist() == [0] * 6
+    held = grid_of(2, 3, 3, rng, quarters(rng), fixed=1.1)
+    assert alpha_expansion(held, np.zeros(6, int)).labels.tolist() == held.fixed.tolist()
+    # a node held at a label that free nodes must not take still pulls on them
+    pulled = Graph(np.zeros((3, 2)), np.array([[0], [1]]), np.ones(1), np.array([2, -1]))
+    assert alpha_expansion(pulled, np.zeros(2, int), [0, 1]).labels.tolist() == [2, 0]
+
+
 def test_merged_groups_have_the_exact_energy():
     rng = np.random.default_rng(9)
     graph = grid_of(3, 4, 3, rng, quarters(rng))

@@ -9,7 +9,7 @@ from repro.arrays import at_least_float32
 from repro.methods.scribbles.common import ScribbleMethod, View, partial_cross_entropy
 from repro.settings import check, hyper
 from repro.solvers.crf import dense_crf_loss
-from repro.solvers.potts import RELAXATIONS, contrast_grid, potts_loss
+from repro.solvers.potts import RELAXATIONS, contrast_grid, relaxed_potts
 from repro.train import Items, Losses, Now
 
 # Partial cross-entropy
@@ -125,5 +125,6 @@ class GridGD(ScribbleMethod):
     def second(self, view: View, logits: Tensor) -> Losses:
         settings = self.settings
         grid = contrast_grid(view.x, view.roi, settings.neighbours)
-        potts = potts_loss(at_least_float32(logits).softmax(1), grid, settings.potts_weight, settings.relaxation)
-        return Losses({"seeds": partial_cross_entropy(logits, view.crop.masks), "potts": potts})
+        potts = relaxed_potts(at_least_float32(logits).softmax(1), grid, settings.relaxation).mean()
+        seeds = partial_cross_entropy(logits, view.crop.masks)
+        return Losses({"seeds": seeds, "potts": settings.potts_weight * potts})

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from repro.arrays import at_least_float32
 from repro.data.mask_views import Crop, MaskViews, Photometric, hide
+from repro.recipe import ScribbleRecipe
 from repro.train import Items, Losses, Method, Now
 
 # Losses
@@ -141,20 +142,6 @@ def tuned_for(length: float, classes: int = PUBLISHED_CLASSES) -> Tuned:
 BLUR = Photometric(jitter=0, grey=0, blur=0.5, sigma_low=1e-3, sigma_high=1.0)
 
 
-class Options(Protocol):
-    """What these methods read of a recipe.
-
-    start_steps: steps of partial cross-entropy at the start, 0 for none. head_factor: learning rate outside the
-    backbone. blur: whether views have the colours of the `MaskViews`, made with strong=BLUR. workers: processes that
-    solve stage A, 0 for none beside this one.
-    """
-
-    start_steps: int
-    head_factor: float
-    blur: bool
-    workers: int
-
-
 @dataclass(frozen=True)
 class View:
     """index: (B,) pool indices. x: normalised images (B, 3, S, S), 0 where padded. crop: where they come from."""
@@ -181,7 +168,7 @@ class ScribbleMethod(Method):
     supervision: ClassVar[str] = "scribbles"
 
     def __init__(
-        self, settings: Any, network: nn.Module, views: MaskViews, classes: int, recipe: Options,
+        self, settings: Any, network: nn.Module, views: MaskViews, classes: int, recipe: ScribbleRecipe,
         size: tuple[int, int, int],
     ) -> None:  # fmt: skip
         super().__init__()

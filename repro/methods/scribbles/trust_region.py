@@ -20,7 +20,6 @@ from repro.arrays import at_least_float32
 from repro.data.mask_views import MaskViews, hide
 from repro.data.masks import IGNORE
 from repro.methods.scribbles.common import (
-    Options,
     ScribbleMethod,
     View,
     outlier_model,
@@ -28,6 +27,7 @@ from repro.methods.scribbles.common import (
     proposal_losses,
 )
 from repro.models.modes import evaluating
+from repro.recipe import ScribbleRecipe
 from repro.settings import SettingError, check, hyper
 from repro.solvers.cuts import (
     BACK_ENDS,
@@ -47,11 +47,6 @@ from repro.train import Items, Losses, PixelLabels
 IMAGES_PER_PASS = 16  # memory only: the network is in eval mode
 
 
-def solving(workers: int) -> contextlib.AbstractContextManager[Executor | None]:
-    """Worker processes for a `with` block; None, which means this process, for 0."""
-    return start_workers(workers) if workers else contextlib.nullcontext()
-
-
 def refresh(
     network: nn.Module, views: MaskViews, pool: Any, stored: Tensor, settings: SolverSettings, neighbours: int = 8,
     workers: int = 0,
@@ -68,7 +63,7 @@ def refresh(
     Source: released code: seeds fixed, labels of the scribbles only (if the settings say so), unary by plain log
     softmax, contrast weights of the normalised image.
     """
-    with torch.no_grad(), solving(workers) as executor, evaluating(network):
+    with torch.no_grad(), start_workers(workers) as executor, evaluating(network):
         waiting = whole_images(network, views, pool, stored, neighbours)
         solutions = solve_all(waiting, settings, executor)
     for number, solution in zip(pool.labelled.tolist(), solutions, strict=True):
@@ -141,7 +136,7 @@ class TrustRegion(ScribbleMethod):
     Settings = TrustRegionSettings
 
     def __init__(
-        self, settings: TrustRegionSettings, network: nn.Module, views: MaskViews, classes: int, recipe: Options,
+        self, settings: TrustRegionSettings, network: nn.Module, views: MaskViews, classes: int, recipe: ScribbleRecipe,
         size: tuple[int, int, int],
     ) -> None:  # fmt: skip
         super().__init__(settings, network, views, classes, recipe, size)
@@ -228,6 +223,6 @@ class ADM(ScribbleMethod):
         """Worker processes, started at the first step and ended with the method; None for this process."""
         if self.workers and self.executor is None:
             stack = contextlib.ExitStack()
-            self.executor = stack.enter_context(solving(self.workers))
+            self.executor = stack.enter_context(start_workers(self.workers))
             weakref.finalize(self, stack.close)
         return self.executor

@@ -1,6 +1,5 @@
 """Partial cross-entropy, full supervision, Dense-GD and Grid-GD by loops and by a kernel matrix."""
 
-import math
 
 import pytest
 import torch
@@ -95,22 +94,10 @@ COSTS = {
 
 def potts(probs, x, roi, neighbours, cost):
     """Batch mean of 1 / |N| sum w cost of pairs inside the region of interest."""
-    steps = [(0, 1), (1, 0), (1, 1), (-1, 1)][: neighbours // 2]
     means = []
     for s, image, inside in zip(probs.double(), x.double(), roi, strict=True):
-        height, width = inside.shape
-        pairs = [
-            ((i, j), (i + down, j + right), math.hypot(down, right))
-            for down, right in steps for i in range(height) for j in range(width)
-            if 0 <= i + down < height and j + right < width and inside[i, j] and inside[i + down, j + right]
-        ]  # fmt: skip
-        gaps = [((image[:, *p] - image[:, *q]) ** 2).sum().item() for p, q, _ in pairs]
-        variance = sum(gaps) / len(gaps)
-        total = sum(
-            math.exp(-gap / 2 / variance) / far * cost(s[:, *p], s[:, *q])
-            for gap, (p, q, far) in zip(gaps, pairs, strict=True)
-        )
-        means.append(total / len(pairs))
+        pairs = fakes.edges(image, inside, neighbours)
+        means.append(sum(weight * cost(s[:, *p], s[:, *q]) for p, q, weight in pairs) / len(pairs))
     return (sum(means) / len(means)).item()
 
 

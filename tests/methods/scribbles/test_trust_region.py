@@ -229,20 +229,6 @@ def test_robust_is_plain_without_outliers(tmp_path):
 # ADM
 
 
-def edges(image, roi, neighbours=8):
-    """(p, q, w_pq) inside the region of interest, by loops."""
-    height, width = roi.shape
-    pairs = [
-        ((i, j), (i + down, j + right), math.hypot(down, right))
-        for down, right in [(0, 1), (1, 0), (1, 1), (-1, 1)][: neighbours // 2]
-        for i in range(height) for j in range(width)
-        if 0 <= i + down < height and j + right < width and roi[i, j] and roi[i + down, j + right]
-    ]  # fmt: skip
-    gaps = [((image[:, *p] - image[:, *q]) ** 2).sum().item() for p, q, _ in pairs]
-    variance = sum(gaps) / len(gaps)
-    return [(p, q, math.exp(-gap / 2 / variance) / far) for gap, (p, q, far) in zip(gaps, pairs, strict=True)]
-
-
 def energy(labels, log_probs, pairs, weight):
     """sum -log S + 80 sum w, not over pixels or edges."""
     unary = -sum(log_probs[label, *p].item() for p, label in labels.items())
@@ -264,7 +250,7 @@ def test_the_cut_finds_the_least_energy(weight):
     found = built.solved(view, logits)[0]
     roi = ~padding[0]
     pixels = [tuple(p) for p in torch.nonzero(roi).tolist()]
-    pairs, log_probs = edges(x[0], roi), logits[0].log_softmax(0)
+    pairs, log_probs = fakes.edges(x[0], roi), logits[0].log_softmax(0)
     every = [dict(zip(pixels, labels, strict=True)) for labels in itertools.product((0, 1), repeat=len(pixels))]
     best = min(every, key=lambda labels: energy(labels, log_probs, pairs, weight))
     assert {p: int(found[p]) for p in pixels} == best and found[1, 3] == 255
@@ -288,7 +274,7 @@ def test_a_step_of_adm_is_that_of_loops():
     assert [term.item() for term in losses.terms.values()] == pytest.approx(expected, rel=1e-4)
     log_probs = logits.log_softmax(1)
     for n in range(3):  # no label of its proposal can be changed at one pixel for less
-        pairs = edges(x[n], ~crop.padding[n])
+        pairs = fakes.edges(x[n], ~crop.padding[n])
         labels = {tuple(p): int(proposals[n][tuple(p)]) for p in torch.nonzero(~crop.padding[n]).tolist()}
         least = energy(labels, log_probs[n], pairs, 0.2)
         for p, k in list(itertools.product(labels, range(3)))[::7]:
