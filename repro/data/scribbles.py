@@ -271,22 +271,6 @@ def open_scribbles(length: float, root: str | os.PathLike | None = None) -> Mask
     return replace(voc, source=source, pairs=pairs, digest=digest.hexdigest())
 
 
-def scribbles_from(folder: MaskFolder, length: float, width: int = WIDTH, least: int = 16 * LEAST) -> MaskFolder:
-    """The same images with scribbles drawn into their masks (`scribbles_of`), for comparison with those by hand.
-
-    least: pixels; regions of photographs are larger than those of scenes (ours)
-    """
-    check(length, width, least)
-    inner = folder.source.decode
-
-    def decode(path: Path) -> NDArray:
-        return scribbles_of(inner(path), length, width, least)
-
-    name = f"{folder.name}.scribbles.{100 * length:g}.{width}px"
-    digest = hashlib.sha256(f"{folder.digest} {name} {least}".encode()).hexdigest()
-    return replace(folder, source=replace(folder.source, name=name, decode=decode, budgets={}), digest=digest)
-
-
 def xml_scribbles(path: Path, length: float, width: int = WIDTH) -> NDArray:
     """ScribbleSup's polylines drawn `width` pixels wide, (H, W) uint8: a class or 255; a later stroke lies on top.
 

@@ -10,7 +10,7 @@ from scipy import ndimage
 from scipy.sparse.csgraph import floyd_warshall
 
 from repro.data.catalogue import DataError
-from repro.data.folders import VOC_CLASSES, open_masks
+from repro.data.folders import VOC_CLASSES
 from repro.data.mask_views import PADDING, MaskViews, draw_window
 from repro.data.masks import draw_masks
 from repro.data.pools import draw_folder
@@ -26,12 +26,11 @@ from repro.data.scribbles import (
     reach_of,
     reaches_of,
     scene_scribbles,
-    scribbles_from,
     scribbles_of,
     trace,
     xml_scribbles,
 )
-from tests.data.mask_fixtures import mask_of, name_of, size_of, small_voc, write_mask
+from tests.data.mask_fixtures import name_of, size_of, small_voc, write_mask
 from tests.data.test_mask_views import NoHostReads
 
 SMALL = scenes("train", 40, seed=5)
@@ -345,18 +344,6 @@ def test_crops_carry_scribbles_and_masks_stay_closed(monkeypatch, tmp_path):
         width, height = size_of(number)
         assert torch.equal(items.labels[number, :height, :width], folder.read(number)[1])
     assert (items.labels[0, size_of(0)[1] :] == 254).all()
-
-
-def test_scribbles_from_vocs_masks(monkeypatch, tmp_path):
-    small_voc(monkeypatch, tmp_path, train=2, extra=2, val=1)
-    masks = open_masks("voc", "train_aug", tmp_path)
-    folder = scribbles_from(masks, 0.5, width=3, least=16)
-    for number in range(4):
-        mask = mask_of(number, 21) if number < 2 else np.where(mask_of(number, 21) == 255, 0, mask_of(number, 21))
-        found = folder.read(number)[1].numpy()
-        assert np.array_equal(found, scribbles_of(mask, 0.5)) and set(np.unique(found)) == {0, number + 1, 255}
-    digests = {masks.digest, folder.digest, scribbles_from(masks, 0.5).digest, scribbles_from(masks, 0.3).digest}
-    assert len(digests) == 4 and folder.name == "voc.scribbles.50.3px"
 
 
 def test_missing_scribbles_are_named(monkeypatch, tmp_path):
