@@ -40,7 +40,6 @@ from tests.methods.few_masks.fakes import (
     build,
     compare,
     crops,
-    csl_oracle,
     labelled_loss,
     pasted,
     pseudo_loss,
@@ -489,6 +488,19 @@ def test_autocast_changes_nothing(scope):
 
 
 # The step
+
+
+def csl_oracle(logits, padding, alpha, soft):
+    """CSL's pseudo-labels and weights image by image, in float64."""
+    probs = fakes.softmax(logits)
+    confidence, label = probs.max(1), probs.argmax(1)
+    residual = np.zeros_like(confidence)
+    for b, i, j in np.ndindex(confidence.shape):
+        residual[b, i, j] = features_of(probs[b, :, i, j].tolist(), "released")[1]
+    weight = np.zeros_like(confidence)
+    for image, inside in enumerate(~padding.numpy()):
+        weight[image][inside] = weights_of(confidence[image][inside], residual[image][inside], alpha, soft=soft)
+    return fakes.targets_of(confidence, label, weight, padding)
 
 
 def twin_step(twin, samples, settings):
