@@ -153,28 +153,6 @@ def test_mean_field_is_brute_force(crf):
     torch.testing.assert_close(mean_field(probs.float(), images, crf).double(), found, rtol=1e-4, atol=1e-5)
 
 
-def test_a_single_pixel_has_a_closed_form():
-    """It sends to itself alone, with weight w_1 + w_2: q <- softmax(log p + w q)."""
-    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    q = p
-    for _ in range(3):
-        q = (p.log() + 2.5 * q).softmax(0)
-    image = torch.full((1, 3, 1, 1), 77, dtype=torch.uint8)
-    found = mean_field(p.view(1, 3, 1, 1), image, CRF(position_weight=1.0, weight=1.5, iterations=3))
-    torch.testing.assert_close(found.flatten(), q, rtol=1e-12, atol=0)
-
-
-def test_colours_decide_where_labels_end():
-    """A wrong pixel takes the label of its colour, not of its neighbours."""
-    image = torch.zeros(1, 3, 6, 6, dtype=torch.uint8)
-    image[..., 3:] = 250
-    truth = torch.zeros(6, 6, dtype=torch.long)
-    truth[:, 3:] = 1
-    probs = F.one_hot(truth, 2).permute(2, 0, 1)[None] * 0.6 + 0.2
-    probs[0, :, 2, 3] = torch.tensor([0.7, 0.3])
-    assert (mean_field(probs, image).argmax(1) == truth).all()
-
-
 def test_rows_of_the_kernel_do_not_matter(monkeypatch):
     probs, images = pictures(3, 6, 5)
     whole = mean_field(probs, images)

@@ -21,10 +21,8 @@ from repro.methods.few_masks.csl import (
     SCOPES,
     CSLSettings,
     Reliable,
-    cone,
     confidence_features,
     csl_targets,
-    gram,
     image_weights,
     pixel_weights,
     reliable_statistics,
@@ -151,15 +149,6 @@ def test_half_precision_is_widened(dtype):
         assert torch.equal(weights, exact) and torch.equal(found.residual, widened.residual)
 
 
-def test_certain_and_uniform_pixels():
-    certain = torch.eye(5)[2].view(1, 5, 1, 1)
-    found = confidence_features(certain)
-    assert (found.confidence.item(), found.residual.item(), found.label.item()) == (1, 0, 2)
-    flat = confidence_features(torch.full((1, 4, 1, 1), 0.25))
-    assert flat.label.item() == 0 and flat.residual.item() == pytest.approx(0.25**2 / 3)
-    assert confidence_features(torch.full((1, 4, 1, 1), 0.25), "paper").residual.item() == 0
-
-
 def test_features_stay_in_their_range_and_have_no_gradient():
     probs = maps(4, classes=3, size=(40, 40), scale=1.0, dtype=torch.float64).requires_grad_()
     for form in FORMS:
@@ -201,16 +190,6 @@ def test_split_equals_the_svd_of_any_plane(seed, n, decade):
     clear = np.abs(left[:, 0] - left[:, 1]) > 1e-9
     got = separate(column(*c), column(*r), torch.ones(1, n, 1, dtype=torch.bool)).flatten().numpy()
     assert (got == left.argmax(1))[clear].all()
-
-
-def test_cone_has_the_opening_of_the_singular_values():
-    found = confidence_features(maps(7, batch=1, classes=21, dtype=torch.float64))
-    c, r = found.confidence.flatten(), found.residual.flatten()
-    _, s, right = np.linalg.svd(np.stack([c, r], 1), full_matrices=False)
-    middle, half = math.atan(right[0, 1] / right[0, 0]), math.atan(s[1] / s[0])
-    low, high = cone(*gram(c[None], r[None], torch.ones(1, len(c), dtype=torch.bool)))
-    assert low.item() == pytest.approx(math.tan(middle - half), rel=1e-9)
-    assert high.item() == pytest.approx(math.tan(middle + half), rel=1e-9)
 
 
 def test_columns_of_very_different_size_keep_their_digits():
@@ -375,24 +354,6 @@ def test_refused(call, message):
 
 
 # Scopes and invariances
-
-
-def test_images_do_not_see_each_other():
-    probs = torch.cat([maps(16, scale=1.0), maps(17, scale=6.0)])
-    valid = some_valid(16, (4, 9, 13))
-    together = image_weights(probs, valid)[0]
-    alone = torch.cat([image_weights(probs[i : i + 1], valid[i : i + 1])[0] for i in range(4)])
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
-    assert not torch.allclose(image_weights(probs, valid, scope="batch")[0], together)
-
-
-def test_order_of_pixels_does_not_matter():
-    probs, valid = maps(18), some_valid(18, (2, 9, 13))
-    order = torch.randperm(9 * 13, generator=torch.Generator().manual_seed(0))
-    shuffled = probs.flatten(2)[:, :, order].view_as(probs), valid.flatten(1)[:, order].view_as(valid)
-    for scope in SCOPES:
-        expected = image_weights(probs, valid, scope=scope)[0].flatten(1)[:, order].view_as(valid)
-        torch.testing.assert_close(image_weights(*shuffled, scope=scope)[0], expected, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [1, 2 * 9 * 13 * 4, 2**22])
