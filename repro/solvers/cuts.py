@@ -281,7 +281,7 @@ def cut_ortools(cost: NDArray, p: NDArray, q: NDArray, capacity: NDArray) -> NDA
     source, sink = len(cost), len(cost) + 1
     solver = max_flow.SimpleMaxFlow()
     solver.add_arcs_with_capacity(tails, heads, values)
-    solver.add_arc_with_capacity(source, sink, 0)  # it does not know nodes without arcs
+    solver.add_arc_with_capacity(source, sink, 0)  # the library leaves out nodes without arcs
     status = solver.solve(source, sink)
     if status != solver.OPTIMAL:
         raise RuntimeError(f"OR-tools found no maximum flow: {status}")
@@ -452,8 +452,8 @@ def graph_of(problem: Problem, roi: NDArray, seeds: NDArray, settings: SolverSet
 def start_workers(count: int) -> Iterator[Executor | None]:
     """Processes for `solve_all`, each with one thread, until the end of the `with` block. None for a count of 0.
 
-    They are spawned, not forked, so a script that uses them needs `if __name__ == "__main__":`. Ctrl-C reaches all
-    processes of a terminal; here only the caller decides what it means, and workers finish what they are given.
+    They are spawned, not forked, so a script that uses them needs `if __name__ == "__main__":`. Workers ignore Ctrl-C,
+    which reaches all processes of a terminal: the caller decides what it means, and workers finish their problems.
     """
     if not count:
         yield None
@@ -477,7 +477,7 @@ def start_workers(count: int) -> Iterator[Executor | None]:
 def solve_all(problems: Iterable[Problem], settings: SolverSettings, pool: Executor | None = None) -> list[Solution]:
     """`solve` for each problem, in their order, which is also that of the result whatever the workers do.
 
-    problems: read as the workers need them, so a generator may run the network meanwhile. pool: from `start_workers`,
+    problems: read as the workers need them, so a generator may run the network in between. pool: from `start_workers`,
     or None to solve in this process. Raises RuntimeError that names the image, from the error of its solution.
     """
     solutions: list[Solution] = []
@@ -493,7 +493,7 @@ def solve_all(problems: Iterable[Problem], settings: SolverSettings, pool: Execu
 def submitted(
     problems: Iterable[Problem], settings: SolverSettings, pool: Executor | None
 ) -> Iterator[tuple[str, Callable[[], Solution]]]:
-    """Names and functions that wait for the solutions, in order; what is not waited for at the end is cancelled."""
+    """Names and functions that wait for the solutions, in order; solutions not asked for by the end are cancelled."""
     if pool is None:
         for problem in problems:
             yield problem.name, functools.partial(solve, problem, settings)

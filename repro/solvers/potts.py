@@ -75,7 +75,7 @@ def contrast_grid(images: Tensor, roi: Tensor | None = None, neighbours: int = 8
 
 
 def potts_energy(labels: Tensor, grid: Grid) -> Tensor:
-    """R(X), (B,), of labels (B, H, W), integers; what they are outside the region of interest has no effect."""
+    """R(X), (B,), of labels (B, H, W), integers; values outside the region of interest have no effect."""
     views = [ends(labels, direction) for direction in steps(2 * len(grid.weights))]
     return grid.mean_of([first != second for first, second in views])
 
@@ -106,7 +106,7 @@ def proposal_energy(labels: Tensor, log_probs: Tensor, grid: Grid, gamma: float 
     """E(X) of stage A, (B,): gamma / |Omega| sum_p -log S_p[X_p] + lambda R(X).
 
     labels: (B, H, W) integers in [0, C) inside the region of interest. log_probs: (B, C, H, W), log S.
-    weight: lambda. That seeds keep their labels is the solver's business. 0 for an empty region.
+    weight: lambda. 0 for an empty region. The solver, not this function, keeps seeds at their labels.
     """
     chosen = torch.where(grid.roi, labels.long(), 0)
     surprise = -at_least_float32(log_probs).gather(1, chosen[:, None])[:, 0]

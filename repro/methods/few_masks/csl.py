@@ -103,7 +103,7 @@ def cone(cc: Tensor, cr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
 
     cc, cr, rr: (B,), the entries of X^T X, cc > rr.
     s_2^2 is det / s_1^2 and the tilt a half angle's tangent: nothing cancels though s_2 / s_1 is about 1e-3 at K = 21.
-    s_2 = 0 is a det below 4096 roundings of its terms, in float64 an angle of 1e-6 between the columns.
+    s_2 counts as 0 where det is below 4096 roundings of its terms, in float64 an angle of 1e-6 between the columns.
     """
     half = (cc - rr) / 2
     root = torch.hypot(half, cr)

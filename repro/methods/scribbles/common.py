@@ -164,7 +164,7 @@ class ScribbleMethod(Method):
     for methods that keep a label map of each.
     """
 
-    # what the pool's `labels` must be: "scribbles", or "masks" for full supervision alone
+    # the kind of `labels` that the pool must have: "scribbles", or "masks" for full supervision alone
     supervision: ClassVar[str] = "scribbles"
 
     def __init__(
@@ -175,7 +175,7 @@ class ScribbleMethod(Method):
         self.settings, self.network, self.views, self.classes = settings, network, views, classes
         self.start_steps, self.head_factor, self.blur = recipe.start_steps, recipe.head_factor, recipe.blur
         self.workers = recipe.workers
-        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # a resumed run is not told its stage
+        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # resuming skips begin_stage
 
     def stages(self, steps: int) -> list[int]:
         return [self.start_steps, steps] if self.start_steps else [steps]
