@@ -52,6 +52,6 @@ class PixelLabels:
     window: Any
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor in float32 if its precision is lower, else unchanged."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or in their own type where it is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
