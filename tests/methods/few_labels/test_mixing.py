@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from repro.methods.few_labels.common import blend, chunked_logits, interleaving, mixing_weight, mixup, sharpen
+from repro.methods.few_labels.common import chunked_logits, draw_weight, interleaving, mixup, sharpen
 from tests.methods.few_labels.fakes import TinyNetwork, bn_state
 
 
