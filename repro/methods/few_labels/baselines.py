@@ -33,10 +33,6 @@ class Supervised(FewLabels):
 
     Settings = SupervisedSettings
 
-    def __init__(self, settings: SupervisedSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.network, self.views = network, views
-
     def streams(self, pool, recipe):
         return {"labelled": (pool.labelled, recipe.batch)}
 
@@ -148,7 +144,7 @@ def annealed_threshold(schedule: str, progress: float, classes: int) -> float:
 def annealed_loss(logits: Tensor, labels: Tensor, threshold: float, rule: str) -> Tensor:
     """Cross-entropy of the labelled samples whose probability is at most `threshold`.
 
-    logits: (B, K); labels: (B,); rule: see `UDASettings`. 0 when none is kept. Source: released code (TorchSSL; Google).
+    logits: (B, K); labels: (B,); rule: see `UDASettings`. 0 when none is kept. Source: released code (TorchSSL).
     """
     probs = logits.detach().softmax(dim=1)
     known = probs.amax(dim=1) if rule == "toolbox" else probs.gather(1, labels[:, None])[:, 0]

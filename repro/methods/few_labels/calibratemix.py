@@ -72,7 +72,7 @@ def draw_partner(similarity: Tensor, pool: int, rule: str) -> Tensor:
     """A partner for each row of similarity (n, m): a column number, (n,) int64, uniform among its candidates.
 
     rule: the min(pool, m) least (`dissimilar`) or most (`similar`) alike columns, or all (`random`).
-    Ties go to the lower column; released code needs 15 columns, here the pool is cut at m. Draws from torch's global generator.
+    Ties go to the lower column. The pool is cut at m; released code needs 15 columns. Draws from torch's generator.
     """
     n, m = similarity.shape
     k = m if rule == "random" else min(pool, m)

@@ -195,7 +195,8 @@ def chunked_logits(network: nn.Module, images: Tensor, size: int, interleaved: b
 def margins(logits: Tensor) -> Tensor:
     """z_c - max_{j != c} z_j for every class: above 0 for the argmax alone, by how much it leads.
 
-    logits: (n, K), K at least 2. Returns (n, K) without gradient. Source: AUM (Pleiss et al., 2020) for c = y; MarginMatch, pseudo-margins for every c.
+    logits: (n, K), K at least 2. Returns (n, K) without gradient.
+    Source: AUM (Pleiss et al., 2020) for c = y; MarginMatch, pseudo-margins for every c.
     """
     logits = logits.detach()
     (first, second), leader = logits.topk(2).values.unbind(dim=1), logits.argmax(dim=1, keepdim=True)

@@ -54,7 +54,7 @@ def learning_status(selected: Tensor, classes: int, threshold_warmup: bool = Tru
 
 
 def flexible_threshold(beta: Tensor, threshold: float) -> Tensor:
-    """tau_c = tau * beta_c / (2 - beta_c), the convex mapping; shaped as beta. Source: FlexMatch, Eq. 7, section 4.3."""
+    """tau_c = tau * beta_c / (2 - beta_c), the convex mapping; shaped as beta. Source: FlexMatch, Eq. 7."""
     return threshold * beta / (2 - beta)
 
 

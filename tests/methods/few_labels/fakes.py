@@ -105,9 +105,7 @@ def cross_entropy(logits, target):
     target = np.asarray(target)
     if target.ndim == 1:
         return np.array([-row[k] for row, k in zip(logs, target, strict=True)])
-    return np.array(
-        [-sum(p * log for p, log in zip(t, row, strict=True)) for t, row in zip(target, logs, strict=True)]
-    )
+    return np.array([-sum(p * log for p, log in zip(t, row, strict=True)) for t, row in zip(target, logs, strict=True)])
 
 
 def gradient_reaches(loss, parameters):

@@ -24,7 +24,7 @@ from tests.methods.few_labels.fakes import (
     softmax,
     view,
 )
-from tests.methods.few_labels.test_flexmatch import counted_status
+from tests.methods.few_labels.test_fixmatch import counted_status
 
 N = 12
 SMALL = {"warmup": 2, "refresh_every": 2, "redraw_every": 6, "delay": 1, "subset_share": 0.25, "threshold": 0.5}

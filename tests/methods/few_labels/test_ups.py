@@ -63,9 +63,7 @@ def test_reject_by_loops():
     rng = np.random.default_rng(1)
     mean, deviation = rng.random((9, 4)) / 10, rng.random((9, 4)) / 100
     label = rng.integers(4, size=9)
-    expected = [
-        [mean[i, k] < 0.05 and deviation[i, k] < 0.005 and k != label[i] for k in range(4)] for i in range(9)
-    ]
+    expected = [[mean[i, k] < 0.05 and deviation[i, k] < 0.005 and k != label[i] for k in range(4)] for i in range(9)]
     got = reject(*(torch.tensor(v) for v in (mean, deviation, label)), 0.05, 0.005)
     assert got.tolist() == expected and 3 < got.sum() < 20
 
@@ -146,9 +144,7 @@ def test_relabel_by_loops(balanced, monkeypatch):
     logits = rng.normal(size=(1, size, CLASSES)) * scale + rng.normal(size=(10, size, CLASSES)) * 0.05
     given = pool(size, labelled)
     given.images[:, 0, 0, 0] = torch.arange(size, dtype=torch.uint8)
-    monkeypatch.setattr(
-        "repro.methods.few_labels.ups.IMAGES_PER_PASS", 25
-    )  # several batches, each of ten passes
+    monkeypatch.setattr("repro.methods.few_labels.ups.IMAGES_PER_PASS", 25)  # several batches, each of ten passes
     method = build(Played(torch.tensor(logits)), size, class_minimum=2)
     method.relabel(given, balanced)
     candidates = [i for i in range(size) if i not in labelled]
@@ -256,9 +252,7 @@ def test_the_first_round_is_supervised():
     losses = method.losses({"positive": given}, now(0, 10, stage=0))
     logits = TinyNetwork()(-view(given.images)).detach()
     assert losses.terms.keys() == {"positive"} and losses.pseudo == {}
-    assert losses.terms["positive"].item() == pytest.approx(
-        cross_entropy(logits, given.labels).mean(), rel=1e-5
-    )
+    assert losses.terms["positive"].item() == pytest.approx(cross_entropy(logits, given.labels).mean(), rel=1e-5)
 
 
 def test_pseudo_labels_of_the_pool_are_reported_once_a_round():
