@@ -118,12 +118,11 @@ class ComMatch(FewLabels):
     Settings = ComMatchSettings
 
     def __init__(self, settings: ComMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
+        super().__init__(settings, network, views, classes, pool_size)
         if not any(module.p > 0 for module in network.modules() if isinstance(module, nn.Dropout)):
             raise SettingError(
                 "ComMatch predicts by dropout passes, and the network has none: set dropout > 0 (recipe: 0.3)"
             )
-        self.settings, self.network, self.views = settings, network, views
         # Read only with stability = labels: the last argmax and how steadily it has been repeated.
         self.register_buffer("last_label", torch.full((pool_size,), -1, dtype=torch.int64))
         self.register_buffer("consistency", torch.zeros(pool_size))

@@ -71,12 +71,11 @@ class UPS(FewLabels):
     Settings = UPSSettings
 
     def __init__(self, settings: UPSSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
+        super().__init__(settings, network, views, classes, pool_size)
         if not any(module.p > 0 for module in network.modules() if isinstance(module, nn.Dropout)):
             raise SettingError(
                 "UPS measures uncertainty by dropout: build the network with dropout > 0 (published: .3)"
             )
-        self.settings, self.network, self.views, self.classes = settings, network, views, classes
         self.start = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
         self.register_buffer("positive", torch.full((pool_size,), -1, dtype=torch.int64))
         self.register_buffer("confidence", torch.zeros(pool_size))

@@ -20,7 +20,6 @@ from repro.methods.few_labels.baselines import (
     soft_consistency_loss,
 )
 from repro.methods.few_labels.common import linear_ramp, squared_error
-from repro.settings import SettingError
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,
@@ -29,7 +28,6 @@ from tests.methods.few_labels.fakes import (
     bn_state,
     cross_entropy,
     gradient_reaches,
-    items,
     now,
     pool,
     softmax,
@@ -51,25 +49,6 @@ def test_loss_is_the_mean_cross_entropy_of_the_weak_view():
     assert losses.terms.keys() == {"supervised"} and losses.pseudo == {}
     assert losses.terms["supervised"].item() == pytest.approx(expected, rel=1e-5)
     assert method.views.calls == [("weak", 4)]
-
-
-def test_gradient_and_batch_norm_move():
-    method = build_supervised()
-    before = bn_state(method.network)
-    method.losses({"labelled": batch()["labelled"]}, now()).terms["supervised"].backward()
-    assert all(parameter.grad is not None for parameter in method.network.parameters())
-    assert any(not torch.equal(value, bn_state(method.network)[key]) for key, value in before.items())
-
-
-def test_duplicates_count_as_often_as_they_occur():
-    # Evaluation mode: batch norm would otherwise see another batch.
-    method = build_supervised().eval()
-    once = items(2, labels=torch.tensor([0, 2]))
-    twice = type(once)(*(value[[0, 1, 1, 1]] for value in (once.index, once.images, once.labels)))
-    alone = cross_entropy(method.network(view(once.images)).detach(), once.labels)
-    got = method.losses({"labelled": twice}, now()).terms["supervised"].item()
-    assert got == pytest.approx((alone[0] + 3 * alone[1]) / 4, rel=1e-5)
-    assert not np.isclose(got, alone.mean())
 
 
 def test_only_a_labelled_stream():
@@ -149,14 +128,6 @@ def test_own_logits_get_the_gradient_of_a_fixed_target():
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_published_defaults_and_ranges():
-    defaults = PseudoLabelSettings()
-    assert (defaults.threshold, defaults.unlabelled_weight, defaults.ramp) == (0.95, 1.0, 0.4)
-    for change in ({"threshold": -0.1}, {"ramp": 1.5}, {"unlabelled_weight": -1.0}):
-        with pytest.raises(SettingError):
-            PseudoLabelSettings(**change)
-
-
 # mean_teacher
 
 
@@ -169,12 +140,6 @@ def test_squared_error_by_loops_and_gradcheck():
             total += (probs[row, k] - target[row, k].item()) ** 2
     assert squared_error(logits, target).item() == pytest.approx(total / 12, rel=1e-9)
     assert torch.autograd.gradcheck(lambda z: squared_error(z, target), (logits,))
-
-
-def test_squared_error_bounds():
-    opposite = squared_error(torch.tensor([[200.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
-    assert opposite.item() == pytest.approx(1.0)
-    assert squared_error(torch.zeros(2, 4), torch.full((2, 4), 0.25)).item() == 0
 
 
 def test_squared_error_leaves_the_target_alone():
@@ -228,17 +193,6 @@ def test_only_labelled_images_move_the_batch_norm_averages_of_mean_teacher():
         assert torch.equal(value, bn_state(method.network)[key]), key
 
 
-def test_consistency_is_not_identically_zero_as_in_usb():
-    """USB's bug: student logits read from the teacher's output. Ours differ even for equal weights."""
-    method, samples = MeanTeacher(MeanTeacherSettings(), TinyNetwork(), FakeViews(), CLASSES, 10), batch()
-    losses = method.losses(samples, now(teacher=TinyNetwork().eval()))
-    assert losses.terms["consistency"].item() > 1e-3
-
-
-def test_published_defaults():
-    assert MeanTeacherSettings() == MeanTeacherSettings(unlabelled_weight=50.0, ramp=0.4)
-
-
 # UDA
 
 
@@ -255,15 +209,6 @@ def test_annealed_threshold_endpoints_and_middle(classes):
         assert annealed_threshold(schedule, 1.0, classes) == pytest.approx(1)
 
 
-def test_schedules_rise_and_are_ordered():
-    progress = np.linspace(0, 1, 50)
-    curves = {s: [annealed_threshold(s, p, 10) for p in progress] for s in ("log", "linear", "exp")}
-    assert all(np.all(np.diff(curve) > 0) for curve in curves.values())
-    inside = slice(1, -1)
-    assert np.all(np.array(curves["log"])[inside] > np.array(curves["linear"])[inside])
-    assert np.all(np.array(curves["linear"])[inside] > np.array(curves["exp"])[inside])
-
-
 @pytest.mark.parametrize("rule", ["toolbox", "paper"])
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8, 1.0])
 def test_annealed_loss_by_loops(rule, threshold):
@@ -276,13 +221,6 @@ def test_annealed_loss_by_loops(rule, threshold):
             total, kept = total - math.log(probs[row, labels[row]]), kept + 1
     expected = total / 9 if rule == "toolbox" else total / max(kept, 1)
     assert annealed_loss(logits, labels, threshold, rule).item() == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_rules_differ_on_a_confident_mistake():
-    """Sure and wrong: the toolboxes leave it out, the paper keeps exactly such samples."""
-    logits, labels = torch.tensor([[5.0, 0.0, 0.0]]), torch.tensor([1])
-    assert annealed_loss(logits, labels, 0.5, "toolbox").item() == 0
-    assert annealed_loss(logits, labels, 0.5, "paper").item() == pytest.approx(cross_entropy(logits, labels)[0])
 
 
 @pytest.mark.parametrize("rule", ["toolbox", "paper"])
@@ -315,13 +253,6 @@ def test_soft_consistency_by_loops(temperature):
             total -= sum(target[row] * np.log(softmax(strong)[row]))
     got = soft_consistency_loss(torch.tensor(strong), torch.tensor(weak), torch.tensor(mask), temperature)
     assert got.item() == pytest.approx(total / 5, rel=1e-9)
-
-
-def test_cold_targets_approach_hard_ones():
-    strong, weak = torch.randn(5, 3), torch.randn(5, 3)
-    got = soft_consistency_loss(strong, weak, torch.ones(5), 0.01)
-    expected = cross_entropy(strong, weak.argmax(dim=1)).mean()
-    assert got.item() == pytest.approx(expected, rel=1e-2)
 
 
 def test_the_weak_view_gets_no_gradient():
@@ -369,10 +300,3 @@ def test_losses_of_a_step_of_uda(changes, kept_samples):
     positive = losses.pseudo["positive"]
     assert positive.mask.tolist() == mask.tolist() and positive.label.tolist() == weak.argmax(1).tolist()
     np.testing.assert_allclose(positive.confidence, weak.max(1), rtol=1e-5)
-
-
-def test_published_defaults_and_choices():
-    defaults = UDASettings()
-    assert (defaults.threshold, defaults.temperature, defaults.annealing) == (0.8, 0.4, "none")
-    with pytest.raises(SettingError, match="'none', 'linear', 'exp', 'log'"):
-        UDASettings(annealing="cosine")

@@ -2,8 +2,6 @@
 
 import copy
 import dataclasses
-import os
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,9 +23,7 @@ from repro.methods.few_labels.calibratemix import (
     draw_weight,
     halves,
     mixed_loss,
-    scores,
 )
-from repro.train import seed_everything, train
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,
@@ -36,7 +32,6 @@ from tests.methods.few_labels.fakes import (
     bn_state,
     items,
     now,
-    pool,
     view,
 )
 
@@ -101,13 +96,6 @@ def test_pairs_cross_the_divides_as_named(seed, b, u, pairing):
         assert row.tolist() == part["l", own]
         expected = [min(part["u", other], key=lambda j: similarity[i, j]) for i in row.tolist()]
         assert column.tolist() == expected
-
-
-def test_random_halves_differ_from_step_to_step_and_reach_every_image():
-    aum, apm, similarity = torch.arange(4.0), torch.arange(6.0), torch.zeros(4, 6)
-    drawn = [draw_pairs(aum, apm, similarity, "random", 15, "random") for _ in range(200)]
-    met = {pair for pairs in drawn for row, column in pairs for pair in zip(row.tolist(), column.tolist(), strict=True)}
-    assert met == {(i, j) for i in range(4) for j in range(6)}
 
 
 @pytest.mark.parametrize(("b", "u"), [(1, 5), (5, 1)])
@@ -178,16 +166,6 @@ def test_settings_are_flat_and_have_the_base_s_defaults_and_ranges(base):
     assert CalibrateMixSettings(base=base).base_settings() == BASES[base].Settings()
     changed = CalibrateMixSettings(base=base, unlabelled_weight=2.0).base_settings()
     assert changed == BASES[base].Settings(unlabelled_weight=2.0)
-
-
-def test_released_defaults():
-    defaults = CalibrateMixSettings()
-    assert (defaults.base, defaults.warmup, defaults.delta, defaults.beta_alpha, defaults.pool) == (
-        "softmatch", 150_000, 0.997, 0.4, 15)  # fmt: skip
-    assert (defaults.pairing, defaults.partner, defaults.similarity, defaults.mixed_loss) == (
-        "easy-hard", "dissimilar", "pixels", "bce")  # fmt: skip
-    assert (defaults.ssl_terms, defaults.second_updates, defaults.apm_during_warmup, defaults.duplicates) == (
-        "both", True, False, "one")  # fmt: skip
 
 
 # Whole steps
@@ -407,7 +385,7 @@ def test_records_of_repeated_indices(rule):
         np.testing.assert_allclose(
             got_apm, [apm[i][k] for i, k in zip(index, label, strict=True)], rtol=1e-4, atol=1e-6
         )
-    report = scores(method)
+    report = method.keep()
     for i in range(N):
         known = i in sums
         assert report["pseudo_label"][i] == (last[i] if known else -1)
@@ -422,38 +400,6 @@ RECIPE = SimpleNamespace(
     weight_decay=1e-3, schedule="cosine-7/16", warmup_steps=0, ema=0.9, eval_every=5, log_every=5, checkpoint_every=4,
     precision="fp32", channels_last=False, compile=False,
 )  # fmt: skip
-
-
-class PlainViews(FakeViews):
-    """Views without a count of draws, which a resumed run would not know."""
-
-    def draw(self, kind, images):
-        return view(images)
-
-
-def run(folder, base, stop_after=None):
-    seed_everything(0)
-    settings = CalibrateMixSettings(base=base, warmup=4, threshold=0.4, ema_p=0.6)
-    method = CalibrateMix(settings, TinyNetwork(dropout=0.2), PlainViews(), CLASSES, N)
-    losses = method.losses
-
-    def interrupted(samples, moment):
-        if moment.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return losses(samples, moment)
-
-    method.losses = interrupted
-    samples = pool(N, {1: 0, 4: 1, 7: 2})
-    network, history = train(method, samples, RECIPE, folder, seed=1, evaluate=lambda net: {"error": 0.0})
-    return method, network
-
-
-def test_the_network_is_stored_once_and_found():
-    method = build()
-    assert method.network is method.base.network
-    assert sum(name.endswith("head.weight") for name in method.state_dict()) == 1
-    groups = method.parameter_groups(0.1)
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in TinyNetwork().parameters())
 
 
 def test_ctaugment_is_shown_the_labelled_images_once():
