@@ -31,6 +31,7 @@ from tests.methods.few_labels.fakes import (
     now,
     pool,
     softmax,
+    three_view_logits,
     view,
 )
 
@@ -104,30 +105,6 @@ def test_losses_of_a_step_of_pseudo_label(step, ramp):
     assert method.views.calls == [("weak", 4), ("weak", 8)]
 
 
-def test_only_labelled_images_move_the_batch_norm_averages_of_pseudo_label():
-    method, samples = build_pseudo_label(), batch()
-    method.losses(samples, now())
-    reference = TinyNetwork()
-    reference(view(samples["labelled"].images))
-    for key, value in bn_state(reference).items():
-        assert torch.equal(value, bn_state(method.network)[key]), key
-
-
-def test_own_logits_get_the_gradient_of_a_fixed_target():
-    method, samples = build_pseudo_label(threshold=0.0, ramp=0.0), batch()
-    term = method.losses(samples, now()).terms["pseudo_label"]
-    assert gradient_reaches(term, method.network.parameters())
-    reference = TinyNetwork()
-    logits = reference(view(samples["unlabelled"].images, 1))
-    # d mean CE / d logits = (softmax - onehot) / U, computed by hand and pulled back through the same network
-    probs = logits.detach().softmax(dim=1)
-    fixed = (probs - torch.eye(CLASSES)[probs.argmax(dim=1)]) / 8
-    expected = torch.autograd.grad(logits, list(reference.parameters()), fixed)
-    got = torch.autograd.grad(term, list(method.network.parameters()))
-    for mine, theirs in zip(got, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
-
-
 # mean_teacher
 
 
@@ -140,13 +117,6 @@ def test_squared_error_by_loops_and_gradcheck():
             total += (probs[row, k] - target[row, k].item()) ** 2
     assert squared_error(logits, target).item() == pytest.approx(total / 12, rel=1e-9)
     assert torch.autograd.gradcheck(lambda z: squared_error(z, target), (logits,))
-
-
-def test_squared_error_leaves_the_target_alone():
-    logits = torch.randn(4, 3, requires_grad=True)
-    target = torch.randn(4, 3, requires_grad=True)
-    gradients = torch.autograd.grad(squared_error(logits, target), (logits, target), allow_unused=True)
-    assert gradients[0].abs().sum() > 0 and gradients[1] is None
 
 
 def build_mean_teacher():
@@ -184,13 +154,12 @@ def test_student_learns_teacher_does_not():
     assert not any(module.training for module in teacher.modules())
 
 
-def test_only_labelled_images_move_the_batch_norm_averages_of_mean_teacher():
-    (method, teacher), samples = build_mean_teacher(), batch()
-    method.losses(samples, now(teacher=teacher))
-    reference = TinyNetwork()
+@pytest.mark.parametrize("build", [build_pseudo_label, lambda: build_mean_teacher()[0]])
+def test_only_labelled_images_move_the_batch_norm_averages(build):
+    method, samples, reference = build(), batch(), TinyNetwork()
+    method.losses(samples, now(teacher=TinyNetwork(seed=7).eval()))
     reference(view(samples["labelled"].images))
-    for key, value in bn_state(reference).items():
-        assert torch.equal(value, bn_state(method.network)[key]), key
+    assert all(torch.equal(value, bn_state(method.network)[key]) for key, value in bn_state(reference).items())
 
 
 # UDA
@@ -255,13 +224,6 @@ def test_soft_consistency_by_loops(temperature):
     assert got.item() == pytest.approx(total / 5, rel=1e-9)
 
 
-def test_the_weak_view_gets_no_gradient():
-    strong, weak = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    loss = soft_consistency_loss(strong, weak, torch.ones(5), 0.4)
-    gradients = torch.autograd.grad(loss, (strong, weak), allow_unused=True)
-    assert gradients[0].abs().sum() > 0 and gradients[1] is None
-
-
 def build_uda(**changes):
     return UDA(UDASettings(**changes), TinyNetwork(), FakeViews(), CLASSES, 10)
 
@@ -280,8 +242,7 @@ def build_uda(**changes):
 def test_losses_of_a_step_of_uda(changes, kept_samples):
     method, samples = build_uda(threshold=0.55, unlabelled_weight=2.0, **changes), batch()
     losses = method.losses(samples, now(300, 1000))
-    labelled, unlabelled = samples["labelled"].images, samples["unlabelled"].images
-    logits = TinyNetwork()(torch.cat([view(labelled, 1), view(unlabelled), -view(unlabelled)])).detach().numpy()
+    logits = three_view_logits(samples)
     own, labels = logits[:4], samples["labelled"].labels.numpy()
     rule = changes.get("annealing_rule", "toolbox")
     share = {"none": 1.0, "linear": 0.3, "exp": math.exp(-3.5)}[changes.get("annealing", "none")]

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from repro.methods.few_labels.calibratemix import (
     cosine_similarity,
     draw_pairs,
     draw_partner,
-    draw_weight,
     halves,
     mixed_loss,
 )
@@ -104,14 +102,6 @@ def test_batches_too_small_to_halve_are_refused(b, u):
         draw_pairs(torch.zeros(b), torch.zeros(u), torch.zeros(b, u), "easy-hard", 15, "dissimilar")
 
 
-@pytest.mark.parametrize("alpha", [0.4, 2.0])
-def test_the_weight_is_beta_and_not_folded(alpha):
-    draws = torch.stack([draw_weight(alpha, torch.device("cpu")) for _ in range(4000)])
-    assert draws.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert draws.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
-    assert (draws < 0.5).float().mean().item() == pytest.approx(0.5, abs=0.04)
-
-
 def mixed_by_loops(logits, first, second, weight, kind):
     """Released form: one loss for each label, element by element."""
 
@@ -152,9 +142,6 @@ def build(network=None, **changes):
     return CalibrateMix(settings, network or TinyNetwork(), FakeViews(), CLASSES, N)
 
 
-# Settings
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_settings_are_flat_and_have_the_base_s_defaults_and_ranges(base):
     mine = {field.name: field for field in dataclasses.fields(CalibrateMixSettings)}
@@ -166,9 +153,6 @@ def test_settings_are_flat_and_have_the_base_s_defaults_and_ranges(base):
     assert CalibrateMixSettings(base=base).base_settings() == BASES[base].Settings()
     changed = CalibrateMixSettings(base=base, unlabelled_weight=2.0).base_settings()
     assert changed == BASES[base].Settings(unlabelled_weight=2.0)
-
-
-# Whole steps
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -355,12 +339,6 @@ def test_features_decide_similarity_without_a_trace():
     np.testing.assert_allclose(pixels.similarity(own, weak), cosine_similarity(own, weak), atol=1e-7)
 
 
-def test_a_batch_of_one_class_and_a_pool_smaller_than_k():
-    samples = {"labelled": items(3, 1, torch.zeros(3, dtype=torch.int64)), "unlabelled": batch(4, 2)["unlabelled"]}
-    losses = build().losses(samples, now(200))
-    assert all(torch.isfinite(term) for term in losses.terms.values()) and "mixed" in losses.terms
-
-
 @pytest.mark.parametrize("rule", ["one", "count"])
 def test_records_of_repeated_indices(rule):
     """As in a batch of 64 drawn from 40 labels: the released code hears the last of equal indices, `count` all."""
@@ -391,15 +369,6 @@ def test_records_of_repeated_indices(rule):
         assert report["pseudo_label"][i] == (last[i] if known else -1)
         assert report["aum"][i].item() == pytest.approx(sums[i] / visits[i] if known else np.nan, nan_ok=True, rel=1e-6)
         assert report["apm"][i].item() == pytest.approx(apm[i][last[i]] if known else np.nan, nan_ok=True, rel=1e-4)
-
-
-# Resume and speed
-
-RECIPE = SimpleNamespace(
-    batch=5, unlabelled_ratio=2, steps=10, epoch_steps=4, optimiser="sgd", lr=0.05, momentum=0.9, nesterov=True,
-    weight_decay=1e-3, schedule="cosine-7/16", warmup_steps=0, ema=0.9, eval_every=5, log_every=5, checkpoint_every=4,
-    precision="fp32", channels_last=False, compile=False,
-)  # fmt: skip
 
 
 def test_ctaugment_is_shown_the_labelled_images_once():

@@ -50,12 +50,6 @@ def test_margins_by_hand():
     assert got.tolist() == [[-3, 3, -4], [-2, 1, -1], [0, 0, -4]]
 
 
-def test_zeroed_margins_by_hand():
-    """The runner-up of all-negative logits is the zero in place of the top one, so the lead there is wrong."""
-    got = zeroed_margins(torch.tensor([[2.0, 5.0, 1.0], [-3.0, -1.0, -2.0], [4.0, 4.0, 0.0]]))
-    assert got.tolist() == [[-3, 3, -4], [-2, -1, -1], [4, 4, -4]]
-
-
 @settings(max_examples=40)
 @given(SEEDS, st.integers(1, 5), st.integers(2, 5))
 def test_zeroed_margins_follow_the_released_steps(seed, n, classes):
@@ -126,20 +120,6 @@ def test_averages_follow_the_recursion_in_the_order_of_the_batch(seed, which, de
                 seen[i] += 1
         assert visits.tolist() == seen.tolist()
         np.testing.assert_allclose(apm, table, atol=1e-10)
-
-
-def test_the_average_in_closed_form():
-    """delta = 1 is the arithmetic mean; delta = .997 weights margin s of t by a_s prod_{r > s} (1 - a_r)."""
-    values = torch.randn(40, 1, 2, dtype=torch.float64)
-    every, index = torch.tensor([True]), torch.tensor([0])
-    for delta in (1.0, 0.997):
-        apm, visits = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-        for value in values:
-            apm, visits = average_margins(apm, visits, index, value, delta, every)
-        rates = delta / np.arange(1, 41)
-        weights = [rates[s] * np.prod(1 - rates[s + 1 :]) for s in range(40)]
-        expected = values[:, 0].mean(dim=0) if delta == 1 else np.einsum("s,sk->k", weights, values[:, 0])
-        np.testing.assert_allclose(apm[0], expected, rtol=1e-9)
 
 
 def test_nothing_moves_in_place_and_autocast_does_not_round():

@@ -114,9 +114,6 @@ def test_only_unlabelled_images_of_the_pool_are_drawn():
         assert len(set(method.subset.tolist())) == 3 and set(method.subset.tolist()) <= {1, 4, 6, 11}
 
 
-# Whole runs
-
-
 class Reference:
     """The note in dicts and loops; which images are mislabelled is read from the method, for torch draws them."""
 
