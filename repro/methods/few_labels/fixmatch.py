@@ -103,12 +103,7 @@ class FreeMatchSettings(Checked):
     statistic: str = hyper(
         "mean", "", "of the confidences: mean (USB's configs) or their .8 quantile", choices=("mean", "quantile")
     )
-    clip: str = hyper(
-        "none",
-        "",
-        "on SVHN, usb: tau is at most .95; torchssl: each class's threshold lies in [.9, .95]; elsewhere none",
-        choices=("none", "usb", "torchssl"),
-    )
+    clip: str = hyper("none", "", "usb: tau is at most .95, on SVHN", choices=("none", "usb"))
 
 
 def histogram(label: Tensor, weight: Tensor, classes: int) -> Tensor:
@@ -117,15 +112,6 @@ def histogram(label: Tensor, weight: Tensor, classes: int) -> Tensor:
     label: (n,) int64; weight: (n,) float. A product with one-hot rows: the same on every device, nothing waits for it.
     """
     return (torch.eye(classes, dtype=weight.dtype, device=weight.device)[label] * weight[:, None]).sum(dim=0)
-
-
-def self_adaptive_threshold(tau: Tensor, marginal: Tensor, clip: str = "none") -> Tensor:
-    """tau_c = tau * p_c / max_k p_k.
-
-    tau: 0-dim; marginal: p (K,); clip: see `FreeMatchSettings`, `torchssl` acts here. Source: FreeMatch; released code.
-    """
-    threshold = tau * marginal / marginal.max()
-    return threshold.clamp(0.9, 0.95) if clip == "torchssl" else threshold
 
 
 def _balanced(probs: Tensor, counts: Tensor) -> Tensor:
@@ -168,7 +154,8 @@ class FreeMatch(WeakToStrong):
         self.marginal = decay * self.marginal + (1 - decay) * probs.mean(dim=0)
         counts = histogram(label, torch.ones_like(confidence), self.classes)
         self.label_histogram = decay * self.label_histogram + (1 - decay) * counts / len(label)
-        return confidence >= self_adaptive_threshold(self.tau, self.marginal, settings.clip)[label]
+        threshold = self.tau * self.marginal / self.marginal.max()  # self-adaptive, by class
+        return confidence >= threshold[label]
 
     def unlabelled(self, weak_logits: Tensor, strong_logits: Tensor, index: Tensor) -> Losses:
         label, confidence = pseudo_label(weak_logits)

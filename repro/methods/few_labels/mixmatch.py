@@ -46,6 +46,18 @@ def guess(network: nn.Module, views: list[Tensor]) -> Tensor:
         return torch.stack([network(view).float().softmax(dim=1) for view in views]).mean(dim=0)
 
 
+def mixed_logits(method: FewLabels, labelled: Items, target: Tensor, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits and targets (n, K) of a weak view of the labelled images (the first B rows) and of `views`, all mixed.
+
+    target: (U, K), of each of the views (U, C, H, W). Source: MixMatch, Algorithm 1.
+    """
+    settings, size = method.settings, len(labelled.images)
+    truth = torch.eye(method.classes, device=target.device)[labelled.labels]
+    own = method.views.weak(labelled.images)
+    images, targets = mixup(torch.cat([own, *views]), torch.cat([truth, *[target] * len(views)]), settings.alpha)
+    return chunked_logits(method.network, images, size, settings.interleave), targets
+
+
 class MixMatch(FewLabels):
     """L = soft CE(mixed labelled) + ramp * weight * MSE(mixed unlabelled), both mixed with everything."""
 
@@ -56,14 +68,8 @@ class MixMatch(FewLabels):
         views = [self.views.weak(unlabelled.images) for _ in range(settings.augmentations)]
         probs = guess(self.network, views)
         target = sharpen(probs, settings.temperature)
-        truth = torch.eye(self.classes, device=target.device)[labelled.labels]
-        images, targets = mixup(
-            torch.cat([self.views.weak(labelled.images), *views]),
-            torch.cat([truth, *[target] * settings.augmentations]),
-            settings.alpha,
-        )
+        logits, targets = mixed_logits(self, labelled, target, views)
         size = len(labelled.images)
-        logits = chunked_logits(self.network, images, size, settings.interleave)
         weight = settings.unlabelled_weight * linear_ramp(now.progress, settings.ramp)
         confidence, label = probs.max(dim=1)  # before sharpening: what the network believes
         every = torch.ones_like(label, dtype=torch.bool)
@@ -148,14 +154,8 @@ class ReMixMatch(FewLabels):
         weak = self.views.weak(unlabelled.images)
         strong, second = self.views.strong(unlabelled.images), self.views.strong(unlabelled.images)
         aligned, target = self.target(guess(self.network, [weak]))
-        truth = torch.eye(self.classes, device=target.device)[labelled.labels]
-        images, targets = mixup(
-            torch.cat([self.views.weak(labelled.images), strong, second, weak]),
-            torch.cat([truth, target, target, target]),
-            settings.alpha,
-        )
+        logits, targets = mixed_logits(self, labelled, target, [strong, second, weak])
         size = len(labelled.images)
-        logits = chunked_logits(self.network, images, size, settings.interleave)
         quarters = torch.randint(4, (len(strong),), device=strong.device)
         with held_statistics(self.network):
             strong_logits = self.network(strong).float()

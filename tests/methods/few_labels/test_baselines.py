@@ -178,26 +178,13 @@ def test_annealed_threshold_endpoints_and_middle(classes):
         assert annealed_threshold(schedule, 1.0, classes) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("rule", ["toolbox", "paper"])
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8, 1.0])
-def test_annealed_loss_by_loops(rule, threshold):
+def test_annealed_loss_by_loops(threshold):
     torch.manual_seed(2)
     logits, labels = torch.randn(9, 3, dtype=torch.float64) * 2, torch.tensor([0, 1, 2] * 3)
-    probs, total, kept = softmax(logits), 0.0, 0
-    for row in range(9):
-        known = max(probs[row]) if rule == "toolbox" else probs[row, labels[row]]
-        if known <= threshold:
-            total, kept = total - math.log(probs[row, labels[row]]), kept + 1
-    expected = total / 9 if rule == "toolbox" else total / max(kept, 1)
-    assert annealed_loss(logits, labels, threshold, rule).item() == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("rule", ["toolbox", "paper"])
-def test_without_annealing_it_is_cross_entropy(rule):
-    logits, labels = torch.randn(7, 4) * 30, torch.randint(4, (7,))  # saturated rows too
-    logits[0] = torch.tensor([500.0, 0, 0, 0])
-    got = annealed_loss(logits, labels, annealed_threshold("none", 0.0, 4), rule)
-    assert got.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    probs = softmax(logits)
+    total = -sum(math.log(p[k]) for p, k in zip(probs, labels, strict=True) if max(p) <= threshold)
+    assert annealed_loss(logits, labels, threshold).item() == pytest.approx(total / 9, rel=1e-9)
 
 
 def test_losses_gradcheck():
@@ -206,8 +193,7 @@ def test_losses_gradcheck():
         torch.randn(6, 4, dtype=torch.float64, requires_grad=True),
         torch.tensor([0, 1, 2, 3, 0, 1]),
     )
-    for rule in ("toolbox", "paper"):
-        assert torch.autograd.gradcheck(lambda z, rule=rule: annealed_loss(z, labels, 0.6, rule), (logits,))
+    assert torch.autograd.gradcheck(lambda z: annealed_loss(z, labels, 0.6), (logits,))
     weak, mask = torch.randn(6, 4, dtype=torch.float64), torch.tensor([1, 0, 1, 1, 0, 1])
     assert torch.autograd.gradcheck(lambda z: soft_consistency_loss(z, weak, mask, 0.4), (logits,))
 
@@ -233,9 +219,7 @@ def build_uda(**changes):
     [
         ({}, 4),
         ({"annealing": "linear"}, 1),
-        ({"annealing": "linear", "annealing_rule": "paper"}, 3),
         ({"annealing": "exp"}, 0),
-        ({"annealing": "exp", "annealing_rule": "paper"}, 2),
         ({"temperature": 1.0}, 4),
     ],
 )
@@ -244,13 +228,11 @@ def test_losses_of_a_step_of_uda(changes, kept_samples):
     losses = method.losses(samples, now(300, 1000))
     logits = three_view_logits(samples)
     own, labels = logits[:4], samples["labelled"].labels.numpy()
-    rule = changes.get("annealing_rule", "toolbox")
     share = {"none": 1.0, "linear": 0.3, "exp": math.exp(-3.5)}[changes.get("annealing", "none")]
     eta = share * 2 / 3 + 1 / 3
-    known = softmax(own).max(1) if rule == "toolbox" else softmax(own)[np.arange(4), labels]
-    kept = known <= eta
+    kept = softmax(own).max(1) <= eta
     assert kept.sum() == kept_samples
-    supervised = (cross_entropy(own, labels) * kept).sum() / (4 if rule == "toolbox" else max(1, kept.sum()))
+    supervised = (cross_entropy(own, labels) * kept).sum() / 4
     weak = softmax(logits[4:12])
     mask = weak.max(1) >= 0.55  # before sharpening
     assert 0 < mask.sum() < 8

@@ -18,7 +18,6 @@ from repro.methods.few_labels.common import (
     margins,
     mixup,
     sharpen,
-    zeroed_margins,
 )
 from tests.methods.few_labels.fakes import TinyNetwork, bn_state
 
@@ -48,18 +47,6 @@ def test_margins_are_the_lead_over_the_best_other_class(seed, n, classes, ties):
 def test_margins_by_hand():
     got = margins(torch.tensor([[2.0, 5.0, 1.0], [-3.0, -1.0, -2.0], [4.0, 4.0, 0.0]]))
     assert got.tolist() == [[-3, 3, -4], [-2, 1, -1], [0, 0, -4]]
-
-
-@settings(max_examples=40)
-@given(SEEDS, st.integers(1, 5), st.integers(2, 5))
-def test_zeroed_margins_follow_the_released_steps(seed, n, classes):
-    logits = np.random.default_rng(seed).normal(size=(n, classes)) * 3
-    expected = np.empty_like(logits)
-    for row, z in enumerate(logits):
-        others = [0.0 if j == z.argmax() else value for j, value in enumerate(z)]
-        expected[row] = z - z.max()
-        expected[row, z.argmax()] = z.max() - max(others)
-    np.testing.assert_allclose(zeroed_margins(torch.tensor(logits)), expected, atol=1e-12)
 
 
 @settings(max_examples=30)
