@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from figures.report.across import FULL, PIXELS, TAGGED, Point
+from figures.effort import FULL, PIXELS, TAGGED, Point
 from figures.style import Drawing, message, style_of, themed
 from figures.tables import NOT_RUN, RULES, WEIGHTS
 from repro.measure.metrics import METRICS

@@ -22,10 +22,9 @@ from figures.style import Drawing, label_of, message, say, setting, style_of, th
 from figures.tables import METRICS, NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
 from repro.data import splits
 from repro.experiment import Experiment, resolve
-from repro.grid import PAPERS, Column, Row, Table, place
+from repro.grid import PAPERS, Column, Row, Table, column_of
 from repro.measure import calibration
-from repro.methods.few_labels.calibratemix import CalibrateMixSettings
-from repro.methods.few_labels.calibratemix import halves
+from repro.methods.few_labels.calibratemix import CalibrateMixSettings, halves
 from repro.runs import folder_of, is_finished, load_outputs
 
 HALVES = {"hard": style.ORANGE, "easy": style.BLUE}
@@ -386,11 +385,12 @@ def calibratemix_figures(scale: str, seeds: Sequence[int], root: Path | None = N
     module = PAPERS["calibratemix"]
     table = module.TABLES["main"]
     experiments = module.main_experiments(scale, seeds)
-    column = place(experiments[0])
+    column = column_of(experiments[0])
     alone = {row.method: row for row in table.rows if row.method != "calibratemix"}
+    extended = {row.overrides["base"]: row for row in table.rows if set(row.overrides) == {"base"}}
     pairs = [
         tuple(table.cell(row, column, scale, (seeds[0],))[0] for row in (alone[base], mixed))
-        for base, mixed in module.MIXED.items()
+        for base, mixed in extended.items()
     ]
     pairs = [pair for pair in pairs if all(is_finished(item, root) for item in pair)]
     drawn: Drawn = []

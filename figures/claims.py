@@ -1,11 +1,10 @@
-"""Deciding claims: paired differences over seeds, their bootstrap interval, and an exact sign-flip test.
+"""Deciding claims: paired differences over seeds, their bootstrap interval, and a sign-flip test.
 
-The unit is a seed: both sides train on the same labelled subset, and their difference is one observation. A
-claim is supported when the whole interval lies on its side and the sign-flip test gives p < .05; contradicted
-when both hold on the other side; otherwise inconclusive. With n seeds the sign-flip test cannot give less
-than 1 / 2^n, so no verdict is given below 5 seeds, where 1 / 2^5 = .031 is the first value under .05. Each
-claim is decided by itself: nothing corrects for the number of claims. Source: ours (standard resampling
-tests).
+The unit is a seed: both sides train on the same labelled subset, and their difference is one observation. A claim is
+supported if the whole interval lies on its side and the sign-flip test gives p < .05, contradicted if both hold on the
+other side, and inconclusive otherwise. With n seeds the smallest p is 1 / 2^n, so there is no verdict below 5 seeds,
+where 1 / 2^5 = .031 is the first value under .05. Each claim is decided by itself: nothing corrects for their number.
+Source: chosen here (standard resampling tests).
 """
 
 import itertools
@@ -35,60 +34,51 @@ INSTABILITY_BINS = 10
 # The tests
 
 
-def bootstrap_interval(
-    differences: Sequence[float], level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(differences: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of paired differences.
 
     differences: (n >= 1,) finite, one a seed. level: coverage in (0, 1).
-    Up to n = 8 all n^n resamples count (as multisets with their multiplicities), so nothing is random;
-    beyond, 20,000 resamples are drawn with `seed`. The lower end is the smallest mean m with P(mean <= m) >=
-    (1 - level) / 2, the upper end its mirror image, so negated differences give the negated interval.
+    Up to n = 8 all n^n resamples count (as multisets with their multiplicities), so nothing is random. Beyond, SciPy
+    draws 20,000 with `seed`. The lower end is the smallest mean m with P(mean <= m) >= (1 - level) / 2, and the upper
+    end its mirror image, so negated differences give the negated interval.
     """
     values = _finite(differences)
-    n = len(values)
-    if n <= EXACT_RESAMPLES:
-        counts = _compositions(n)
-        means = counts @ values / n
-        weights = np.array(
-            [math.factorial(n) // math.prod(map(math.factorial, row)) for row in counts.tolist()]
-        )
-    else:
-        picks = np.random.default_rng(seed).integers(n, size=(DRAWS, n))
-        means, weights = values[picks].mean(axis=1), np.ones(DRAWS, dtype=np.int64)
-    tail = (1 - level) / 2
-    return _lower_quantile(means, weights, tail), -_lower_quantile(-means, weights, tail)
+    n, tail = len(values), (1 - level) / 2
+    if n > EXACT_RESAMPLES:
+        from scipy import stats
 
-
-def _compositions(n: int) -> np.ndarray:
-    """All ways (ways, n) to draw n times from n items, as counts of each item."""
+        drawn = {"confidence_level": level, "method": "percentile", "n_resamples": DRAWS, "rng": seed}
+        return tuple(map(float, stats.bootstrap((values,), np.mean, **drawn).confidence_interval))
     picks = itertools.combinations_with_replacement(range(n), n)
-    return np.array([np.bincount(pick, minlength=n) for pick in picks])
+    counts = np.array([np.bincount(pick, minlength=n) for pick in picks])
+    weights = np.array([math.factorial(n) // math.prod(map(math.factorial, row)) for row in counts.tolist()])
+    means = counts @ values / n
+    return _lower_quantile(means, weights, tail), -_lower_quantile(-means, weights, tail)
 
 
 def _lower_quantile(values: np.ndarray, weights: np.ndarray, tail: float) -> float:
     order = np.argsort(values, kind="stable")
     below = np.cumsum(weights[order])
-    # The tail is rounded up from just below, so that a share that equals it exactly counts as reaching it.
+    # A tail lowered by 1e-12 counts a cumulative share that equals it as reached despite rounding.
     return float(values[order][np.searchsorted(below, tail * below[-1] * (1 - 1e-12))])
 
 
 def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float:
     """One-sided p of mean(differences) > 0 if each difference were as likely to have the other sign.
 
-    differences: (n >= 1,) finite. The share of sign patterns whose mean is at least the observed one: all 2^n
-    up to n = 16, so p >= 1 / 2^n; beyond, 20,000 drawn with `seed`, the observed one counted among them. Ties
-    count as reached.
+    differences: (n >= 1,) finite. The share of sign patterns whose mean is at least the observed one: of all 2^n up to
+    n = 16, so p >= 1 / 2^n. Beyond, SciPy draws 20,000 with `seed` and counts the observed one among them. Ties within
+    1e-9 of the sum of magnitudes count as reached.
     """
     values = _finite(differences)
     n = len(values)
-    observed = values.sum()
-    slack = 1e-9 * np.abs(values).sum()
-    if n <= EXACT_FLIPS:
-        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float((signs @ values >= observed - slack).mean())
-    signs = 1 - 2 * np.random.default_rng(seed).integers(2, size=(DRAWS, n))
-    return float((1 + (signs @ values >= observed - slack).sum()) / (1 + DRAWS))
+    if n > EXACT_FLIPS:
+        from scipy import stats
+
+        drawn = {"permutation_type": "samples", "alternative": "greater", "n_resamples": DRAWS, "rng": seed}
+        return float(stats.permutation_test((values,), np.mean, **drawn).pvalue)
+    signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    return float((signs @ values >= values.sum() - 1e-9 * np.abs(values).sum()).mean())
 
 
 def _finite(differences: Sequence[float]) -> np.ndarray:
@@ -99,7 +89,7 @@ def _finite(differences: Sequence[float]) -> np.ndarray:
 
 
 def judge(gains: Sequence[float]) -> str:
-    """The verdict on gains, (n >= 1,), turned so that the claim says they are above 0."""
+    """The verdict on gains, (n >= 1,), whose sign is such that the claim puts them above 0."""
     if len(gains) < MINIMUM_SEEDS:
         return INCONCLUSIVE
     low, high = bootstrap_interval(gains)
@@ -114,10 +104,8 @@ def judge(gains: Sequence[float]) -> str:
 
 
 def early_error(folder: Path, weights: str = "ema") -> float:
-    """Test error at the first evaluation from a tenth of the steps on; NaN where no history was kept.
-
-    Source: ours, for Fig. 3's text.
-    """
+    """Test error at the first evaluation from a tenth of the steps on; NaN without a history. Source: chosen here, for
+    Fig. 3's text."""
     rows = load_history(folder).of("evaluation")
     late = [row[weights]["error"] for row in rows if row["step"] >= rows[-1]["step"] / 10]
     return late[0] if late else math.nan
@@ -126,10 +114,10 @@ def early_error(folder: Path, weights: str = "ema") -> float:
 def instability_correlation(folder: Path, weights: str = "ema") -> float:
     """Spearman correlation of instability with the calibration gap |accuracy - confidence|, over bins.
 
-    Bins: tenths, by rank, of the run's kept unlabelled images of known truth. Instability: deviation (T - 1)
-    of the argmax class's probability over the dropout passes; confidence and argmax are those of their mean.
-    NaN where no dropout passes were kept, and as in `gap_correlation`. Outputs are always those of the EMA
-    weights. Source: reconstruction of Fig. 5, whose axis cannot be this deviation beyond .53.
+    Bins: tenths, by rank, of the run's kept unlabelled images of known truth. Instability: deviation (T - 1) of the
+    argmax class's probability over the dropout passes; confidence and argmax are those of their mean. NaN without
+    dropout passes, and as in `gap_correlation`. Outputs are always those of the EMA weights.
+    Source: reconstruction of Fig. 5, whose axis cannot be this deviation beyond .53.
     """
     outputs = load_outputs(folder) if (folder / "outputs.safetensors").exists() else {}
     if "pool_passes" not in outputs:
@@ -137,11 +125,8 @@ def instability_correlation(folder: Path, weights: str = "ema") -> float:
     passes, truth = outputs["pool_passes"].double(), outputs["pool_truth"]
     mean, deviation = passes.mean(dim=0), passes.std(dim=0)
     confidence, label = mean.max(dim=1)
-    return gap_correlation(
-        deviation.gather(1, label[:, None])[:, 0][truth >= 0].numpy(),
-        confidence[truth >= 0].numpy(),
-        (label == truth)[truth >= 0].numpy(),
-    )
+    columns = deviation.gather(1, label[:, None])[:, 0], confidence, label == truth
+    return gap_correlation(*(column[truth >= 0].numpy() for column in columns))
 
 
 def gap_correlation(
@@ -149,8 +134,7 @@ def gap_correlation(
 ) -> float:
     """Spearman correlation over equal-count bins of mean instability with |accuracy - mean confidence|.
 
-    instability, confidence: (n,); correct: (n,) bool. NaN with fewer than 3 bins or where either side is
-    constant.
+    instability, confidence: (n,); correct: (n,) bool. NaN with fewer than 3 bins or where either side is constant.
     """
     order = np.argsort(instability, kind="stable")
     groups = [group for group in np.array_split(order, bins) if len(group)]
@@ -185,13 +169,11 @@ def statistic(experiment: Experiment, metric: str, root: Path | None, rule: str,
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the runs say of a claim.
+    """What the finished runs decide about a claim.
 
-    scope: the data and scale it holds for. metric: how effects are shown. rule, weights: of the metrics read.
-    effect: mean of left minus right (of left alone, where the claim has no right side), in the stored unit.
-    low, high: its 95 % bootstrap interval, None below two seeds.
-    p: one-sided sign-flip p of the claim.
-    seeds, differences: of the complete pairs.
+    scope: data and scale that it holds for. metric: how effects are shown. effect: mean of left minus right (of left
+    alone if the claim has no right side), as stored; None without a complete pair. low, high: its 95 % bootstrap
+    interval, None below two seeds. p: one-sided sign-flip p of the claim. seeds, differences: of the complete pairs.
     missing: ids of runs that are not finished. undefined: seeds whose statistic is undefined.
     """
 
@@ -199,8 +181,6 @@ class Verdict:
     verdict: str
     scope: str
     metric: Metric
-    rule: str
-    weights: str
     effect: float | None = None
     low: float | None = None
     high: float | None = None
@@ -216,22 +196,13 @@ class Verdict:
         return len(self.differences)
 
     @property
-    def needed(self) -> int:
-        """Further seeds before any verdict can be given."""
-        return max(0, MINIMUM_SEEDS - self.n)
-
-    @property
     def explanation(self) -> str:
         """Why this verdict, in a sentence."""
         if self.n == 0:
             undefined = f"undefined for seeds {', '.join(map(str, self.undefined))}"
-            return f"{undefined if self.undefined else 'no seed is finished'}; needs {self.needed} seeds"
-        if self.needed:
-            lowest, seeds = f"{0.5**self.n:.3g} at n = {self.n}", f"seed{'s' * (self.needed > 1)}"
-            return (
-                f"needs {self.needed} more {seeds}: p of the sign-flip test is at least {lowest} "
-                f"and can first go below {ALPHA} at n = {MINIMUM_SEEDS}"
-            )
+            return f"{undefined if self.undefined else 'no seed is finished'}; needs {MINIMUM_SEEDS} seeds"
+        if (needed := MINIMUM_SEEDS - self.n) > 0:
+            return f"needs {needed} more seed{'s' * (needed > 1)}: with {self.n}, p is at least {0.5**self.n:.3g}"
         margin = f" (margin {self.metric.show(self.claim.margin)})" if self.claim.margin else ""
         if self.verdict == INCONCLUSIVE:
             return f"the interval or the sign-flip test does not exclude no effect{margin}"
@@ -239,20 +210,21 @@ class Verdict:
 
     def row(self) -> dict[str, str | int]:
         """The verdict as text, for a table."""
-        show, unit = self.metric.show, self.metric.unit
-        stated = self.claim.published
-        sign, printed = "-" if self.claim.direction == "lower" else "+", ""
+        show, stated, printed = self.metric.show, self.claim.published, ""
         if stated is not None:
+            sign = "-" if self.claim.direction == "lower" else "+"
             printed = f"{sign}{stated} points, {stated.dataset}, {stated.budget}"
-        low, high = ("" if end is None else show(end, signed=True) for end in (self.low, self.high))
+        effect, low, high = (
+            "" if one is None else show(one, signed=True) for one in (self.effect, self.low, self.high)
+        )
         return {
             "claim": self.claim.text,
             "source": self.claim.source,
             "verdict": self.verdict,
             "scope": self.scope,
             "metric": self.metric.title,
-            "effect": "" if self.effect is None else f"{show(self.effect, signed=True)}{unit}",
-            "95 % interval": "" if self.low is None else f"[{low}, {high}]",
+            "effect": effect and f"{effect}{self.metric.unit}",
+            "95 % interval": low and f"[{low}, {high}]",
             "p (sign flips, one-sided)": "" if self.p is None else f"{self.p:.3g}",
             "n": self.n,
             "published effect": printed,
@@ -261,22 +233,17 @@ class Verdict:
 
 
 def decide(
-    claim: Claim,
-    scale: str = "mini",
-    seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    root: Path | None = None,
-    rule: str = "last",
-    weights: str = "ema",
-) -> Verdict:
-    """Decide a claim from finished runs; only seeds that have both sides count, the others' runs are listed.
+    claim: Claim, scale: str = "mini", seeds: Sequence[int] = tuple(range(MINIMUM_SEEDS)), root: Path | None = None,
+    rule: str = "last", weights: str = "ema",
+) -> Verdict:  # fmt: skip
+    """Decide a claim from finished runs; only seeds with both sides count.
 
-    rule, weights: as in `tables.compare`. Raises SettingError for unknown names, CorruptFile for an edited
-    run.
+    rule, weights: as in `tables.compare`. Raises SettingError for unknown names, CorruptFile for an edited run.
     """
     check_reporting(rule, weights)
     if claim.metric not in METRICS and claim.metric not in STATISTICS:
         raise unknown("metric", claim.metric, [*METRICS, *STATISTICS])
-    used, differences, missing, undefined = [], [], [], []
+    differences, missing, undefined = {}, [], []
     for seed in checked_seeds(seeds):
         sides = [side for side in claim.pair(scale, seed) if side is not None]
         if absent := [run_id(side) for side in sides if not is_finished(side, root)]:
@@ -287,24 +254,18 @@ def decide(
         if math.isnan(difference):
             undefined.append(seed)
         else:
-            used.append(seed)
-            differences.append(difference)
+            differences[seed] = difference
     metric = STATISTICS[claim.metric][0] if claim.metric in STATISTICS else METRICS[claim.metric]
-    outcome = {"missing": tuple(missing), "undefined": tuple(undefined)}
-    verdict = NOT_RUN
-    if differences:
-        sign = -1 if claim.direction == "lower" else 1
-        gains = [sign * difference + claim.margin for difference in differences]
-        low, high = bootstrap_interval(differences) if len(differences) > 1 else (None, None)
-        verdict = judge(gains)
-        outcome |= {
-            "effect": float(np.mean(differences)),
-            "low": low,
-            "high": high,
-            "p": sign_flip_test(gains),
-        }
-        outcome |= {"seeds": tuple(used), "differences": tuple(differences)}
-    return Verdict(claim, verdict, scope([claim], scale), metric, rule, weights, **outcome)
+    where, outcome = scope([claim], scale), {"missing": tuple(missing), "undefined": tuple(undefined)}
+    if not differences:
+        return Verdict(claim, NOT_RUN, where, metric, **outcome)
+    values = tuple(differences.values())
+    sign = -1 if claim.direction == "lower" else 1
+    gains = [sign * value + claim.margin for value in values]
+    low, high = bootstrap_interval(values) if len(values) > 1 else (None, None)
+    outcome |= {"effect": float(np.mean(values)), "low": low, "high": high, "p": sign_flip_test(gains)}
+    outcome |= {"seeds": tuple(differences), "differences": values}
+    return Verdict(claim, judge(gains), where, metric, **outcome)
 
 
 def scope(claims: Iterable[Claim], scale: str) -> str:

@@ -24,7 +24,7 @@ from figures.tables import (  # fmt: skip
     summarise,
 )
 from repro.experiment import Experiment
-from repro.grid import PAPERS, Column, Table, place
+from repro.grid import PAPERS, Column, Table, column_of
 from repro.measure import calibration
 from repro.measure.metrics import METRICS, Metric
 from repro.papers.published import NOT_AVAILABLE
@@ -254,7 +254,7 @@ def table_figures(paper: str, scale: str, seeds: Sequence[int], root: Path | Non
     """A paper's first table where its main job runs, and the ablations of which two rows or more have been run."""
     module = PAPERS[paper]
     experiments = module.main_experiments(scale, seeds)
-    table, column = next(iter(module.TABLES.values())), place(experiments[0])
+    table, column = next(iter(module.TABLES.values())), column_of(experiments[0])
     rows = [row.label for row in table.rows if table.cell(row, column, scale, seeds)[0] in experiments]
     how = {"root": root, "metrics": module.HEADLINES}
     drawn = [("main", table.title, table_points(table.only(rows), scale, seeds, column=column, **how))]

@@ -23,8 +23,8 @@ from torch import Tensor
 from figures import style
 from figures.style import Drawing, label_of, message, themed, where
 from figures.tables import NOT_RUN
-from repro.data.masks import IGNORE, palette
 from repro.data.folders import MASK_SOURCES
+from repro.data.masks import IGNORE, palette
 from repro.data.scenes import DEFAULT
 from repro.experiment import Experiment
 from repro.methods.few_masks.csl import Reliable, pixel_weights, reliable_statistics, separate

@@ -25,8 +25,13 @@ from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
 from repro.experiment import Experiment
 from repro.grid import PAPERS, Table
 from repro.measure.metrics import METRICS
-from repro.methods.scribbles.common import PUBLISHED, PUBLISHED_CLASSES
-from repro.methods.scribbles.common import outlier_model, rescaled_epsilon, robust_surprise
+from repro.methods.scribbles.common import (
+    PUBLISHED,
+    PUBLISHED_CLASSES,
+    outlier_model,
+    rescaled_epsilon,
+    robust_surprise,
+)
 from repro.papers.published import Published, lookup
 from repro.runs import folder_of, is_finished, load_history
 from repro.settings import unknown

@@ -1,8 +1,7 @@
-"""Measured beside published: reads the runs of a grid, aggregates over seeds, and lays both out as text.
+"""Measured beside published: reads the runs of a table, aggregates over seeds, and lays both out as text.
 
-`collect` reads finished runs into one tidy frame, `compare` aggregates it, `layout` puts the result beside
-the published cells, `to_markdown` and `to_html` print it. A small scale has columns of its own and never
-fills a published one.
+`collect` reads finished runs into one tidy frame, `compare` aggregates it, `layout` puts the result beside the
+published cells, `to_markdown` prints it. A small scale has columns of its own and never fills a published one.
 """
 
 import dataclasses
@@ -23,29 +22,27 @@ from repro.papers.published import DATASETS, NOT_AVAILABLE, PARTS, Published, Re
 from repro.runs import folder_of, is_finished, load_metrics
 from repro.settings import unknown
 
-NOT_RUN = "not run"
+NOT_RUN, FINISHED = "not run", "finished"
 RULES = {
     "last": "last evaluation",
     "median20": "median of the last 20 evaluations",
     "best": "best evaluation, selected on test",
 }
 WEIGHTS = {"ema": "EMA weights", "live": "live weights"}
-
-
-# Reading runs
-
-FINISHED = "finished"
 PROVENANCE = ("commit", "dirty", "finished")
 COLUMNS = ("run", *(item.name for item in dataclasses.fields(Experiment)), "status", "rule", "weights",
            "selected_on_test", "metric", "value", "train_seconds", *PROVENANCE, *FACTS)  # fmt: skip
+
+
+# Reading runs
 
 
 def collect(experiments: Iterable[Experiment], root: Path | None = None) -> pd.DataFrame:
     """One row a run, reporting rule, weights and metric; an unfinished run has one row, of status `not run`.
 
     experiments: those that share a run are listed once. root: folder of runs.
-    Columns: see COLUMNS; value is a fraction for percentages, NaN where undefined. The pseudo-labels of the
-    last logged steps are metrics too, for example `positive_coverage`, of rule `last` and live weights.
+    Columns: see COLUMNS; value is a fraction for percentages, NaN where undefined. The pseudo-labels of the last logged
+    steps are metrics too, for example `positive_coverage`, of rule `last` and live weights.
     Raises CorruptFile naming a metrics file that is not what it should be.
     """
     rows, unique = [], {run_id(item): item for item in experiments}
@@ -66,15 +63,12 @@ def collect(experiments: Iterable[Experiment], root: Path | None = None) -> pd.D
 
 def _values(saved: dict) -> Iterator[tuple[str, str, str, float | None]]:
     """(rule, weights, metric, value) of every scalar that a run reports."""
-    for rule, by_weights in saved["reported"].items():
-        for weights, metrics in by_weights.items():
-            for metric, value in metrics.items():
-                if value is None or type(value) in (int, float):
-                    yield rule, weights, metric, value
-    for kind, metrics in saved["pseudo_labels"].items():
+    groups = [(rule, weights, "", metrics) for rule, by in saved["reported"].items() for weights, metrics in by.items()]
+    groups += [("last", "live", f"{kind}_", metrics) for kind, metrics in saved["pseudo_labels"].items()]
+    for rule, weights, prefix, metrics in groups:
         for metric, value in metrics.items():
             if value is None or type(value) in (int, float):
-                yield "last", "live", f"{kind}_{metric}", value
+                yield rule, weights, prefix + metric, value
 
 
 @dataclass(frozen=True)
@@ -93,30 +87,24 @@ def summarise(values: Iterable[float]) -> Summary:
     return Summary(mean, statistics.stdev(defined) if len(defined) > 1 else None, len(defined))
 
 
-def show(summary: Summary, metric: Metric, planned: int, finished: int) -> str:
-    """`12.34 ± 0.56 (n = 3)`, `12.34 (n = 1 of 3)`, `not run`, or `undefined` where finished runs have
-    none."""
+def show(summary: Summary, metric: Metric, planned: int, finished: int, signed: bool = False) -> str:
+    """`12.34 ± 0.56 (n = 3)`, `12.34 (n = 1 of 3)`, `not run`, or `undefined` where finished runs have none."""
     if summary.n == 0:
         return "undefined" if finished else NOT_RUN
     spread = "" if summary.sd is None else f" ± {metric.show(summary.sd)}"
     of = "" if summary.n == planned else f" of {planned}"
-    return f"{metric.show(summary.mean)}{spread} (n = {summary.n}{of})"
+    return f"{metric.show(summary.mean, signed)}{spread} (n = {summary.n}{of})"
 
 
 def compare(
-    table: Table,
-    scale: str = "mini",
-    seeds: Sequence[int] = (0, 1),
-    root: Path | None = None,
-    rule: str = "last",
+    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | None = None, rule: str = "last",
     weights: str = "ema",
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Mean, sd and n over seeds of every cell and metric, as stored: one row each, in the table's order.
 
-    rule: a key of RULES. weights: a key of WEIGHTS.
-    Columns: row, method, data, labels, scale, rule, weights, finished (runs), planned (seeds), metric, mean,
-    sd, n; and of an ablation's row less its default (`defaults`), on the seeds that both have, less_mean, less_sd,
-    less_n.
+    rule: a key of RULES. weights: a key of WEIGHTS. Columns: row, method, data, labels, words, scale, rule, weights,
+    finished (runs), planned (seeds), metric, n, summary (a Summary), less: the Summary of an ablation's row minus its
+    default (`defaults`) on the seeds that both have.
     """
     check_reporting(rule, weights)
     frame = collect(table.experiments(scale, seeds), root)
@@ -129,17 +117,14 @@ def compare(
         for row in table.rows:
             runs = [run_id(item) for item in table.cell(row, column, scale, seeds)]
             other = default.get(row.label, row)
-            pairs = zip(runs, (run_id(item) for item in table.cell(other, column, scale, seeds)), strict=True)
-            pairs = [] if other is row else list(pairs)
-            cell = {"row": row.label, "method": row.method, **dataclasses.asdict(column)}
-            cell |= {"scale": scale, "rule": rule, "weights": weights}
-            counts = {"finished": sum(run in done for run in runs), "planned": len(runs)}
+            others = [run_id(item) for item in table.cell(other, column, scale, seeds)] if other is not row else []
+            cell = {"row": row.label, "method": row.method, **dataclasses.asdict(column), "scale": scale, "rule": rule,
+                    "weights": weights, "finished": sum(run in done for run in runs), "planned": len(runs)}  # fmt: skip
             for metric in table.metrics:
-                summary = summarise(values[run, metric] for run in runs if (run, metric) in values)
-                found = [[values.get((run, metric), math.nan) for run in pair] for pair in pairs]
-                apart = [one - two for one, two in found]
-                less = {f"less_{name}": value for name, value in dataclasses.asdict(summarise(apart)).items()}
-                rows.append(cell | {"metric": metric} | dataclasses.asdict(summary) | less | counts)
+                own = [values.get((run, metric), math.nan) for run in runs]
+                less = [one - values.get((run, metric), math.nan) for one, run in zip(own, others, strict=False)]
+                summary = summarise(own)
+                rows.append(cell | {"metric": metric, "n": summary.n, "summary": summary, "less": summarise(less)})
     return pd.DataFrame(rows)
 
 
@@ -162,7 +147,7 @@ def defaults(table: Table, column: Column, scale: str) -> dict[str, Row]:
 def shared_seeds(
     table: Table, column: Column, scale: str, seeds: Sequence[int], root: Path | None = None
 ) -> tuple[int, ...]:
-    """The seeds that all rows with a finished run have finished: with others beside them, rows differ in their seeds.
+    """The seeds that all rows with a finished run have finished: with others, rows would differ in their seeds.
 
     Empty where rows share none; all of `seeds` where no row has a finished run.
     """
@@ -198,37 +183,34 @@ def incomparable(published: Published, measured: Experiment) -> str:
     return ""
 
 
-def layout(table: Table, frame: pd.DataFrame, column: Column, beside: Column | None = None) -> pd.DataFrame:
+def layout(table: Table, frame: pd.DataFrame, column: Column) -> pd.DataFrame:
     """One block of a comparison as text: a row a method; measured metrics, published columns, differences.
 
-    frame: what `compare` returned. column: a measured column of it.
-    beside: whose published cells are shown; by default the column itself where it is published, else the
-    table's
-        first.
-    A difference column appears only where data, labels, scale and network agree for some row, and stays empty
-    elsewhere. Headers have two levels. Raises SettingError for a column that was not measured.
+    frame: what `compare` returned. column: a measured column of it. Published cells are those of the column where it is
+    published, else of the table's first. A difference column appears only where data, labels, scale and network agree
+    for some row, and stays empty elsewhere. Headers have two levels. Raises SettingError for an unmeasured column.
     """
-    part = frame[(frame["data"] == column.data) & (frame["labels"] == column.labels)]
-    part = part.set_index(["row", "metric"])
+    part = of_column(frame, column).set_index(["row", "metric"])
     if part.empty:
         known = {Column(*key).title for key in zip(frame["data"], frame["labels"], frame["words"], strict=True)}
         raise unknown("measured column", column.title, known)
     scale, rule, weights = part.iloc[0][["scale", "rule", "weights"]]
     measured = f"measured: {column.title}, {scale} scale, {RULES[rule]}, {WEIGHTS[weights]}"
     cells: dict[tuple[str, str], list[str]] = {}
-    for metric in table.metrics:
-        rows = [part.loc[(row.label, metric)] for row in table.rows]
-        cells[measured, METRICS[metric].title] = [
-            show(_summary(row), METRICS[metric], row["planned"], row["finished"]) for row in rows
+    for name in table.metrics:
+        rows = [part.loc[(row.label, name)] for row in table.rows]
+        cells[measured, METRICS[name].title] = [
+            show(row["summary"], METRICS[name], row["planned"], row["finished"]) for row in rows
         ]
     first = METRICS[table.metrics[0]]
-    if part["less_n"].any():
+    if any(less.n for less in part["less"]):
         default = defaults(table, column, scale)
+        less = {row.label: part.loc[(row.label, table.metrics[0])]["less"] for row in table.rows}
         cells[measured, f"{first.name} less the default's, same seeds{' (points)' * first.percent}"] = [
-            "" if default.get(row.label, row) is row else _less(part.loc[(row.label, table.metrics[0])], first)
+            "" if default.get(row.label, row) is row else show(one := less[row.label], first, one.n, 0, signed=True)
             for row in table.rows
         ]
-    beside = beside or _published_beside(table, column)
+    beside = _published_beside(table, column)
     for reference in table.references:
         metric = METRICS[reference.metric]
         numbers = [_published(table, row, beside, reference) for row in table.rows]
@@ -236,16 +218,21 @@ def layout(table: Table, frame: pd.DataFrame, column: Column, beside: Column | N
         cells[header, reference.title] = [_in_percent(number, reference) for number in numbers]
         differences = []
         for row, number in zip(table.rows, numbers, strict=True):
-            mean = _summary(part.loc[(row.label, reference.metric)]).mean
+            mean = part.loc[(row.label, reference.metric)]["summary"].mean
             if mean is None or incomparable(number, experiment(table.paper, row, column, scale, 0)):
                 differences.append("")
             else:
                 differences.append(metric.show(mean - number.fraction(reference.metric)[0], signed=True))
         if any(differences):
             cells[header, f"measured minus {reference.title}{' (points)' * metric.percent}"] = differences
-    shown = pd.DataFrame(cells, index=pd.Index([row.label for row in table.rows], name=table.title))
-    shown.columns = pd.MultiIndex.from_tuples(cells)
-    return shown
+    laid = pd.DataFrame(cells, index=pd.Index([row.label for row in table.rows], name=table.title))
+    laid.columns = pd.MultiIndex.from_tuples(cells)
+    return laid
+
+
+def of_column(frame: pd.DataFrame, column: Column) -> pd.DataFrame:
+    """The rows of what `compare` returned that belong to one column."""
+    return frame[(frame["data"] == column.data) & (frame["labels"] == column.labels)]
 
 
 def published_grid(table: Table, reference: Reference) -> pd.DataFrame:
@@ -258,9 +245,9 @@ def published_grid(table: Table, reference: Reference) -> pd.DataFrame:
     return pd.DataFrame(cells, index=pd.Index([row.label for row in table.rows], name=name))
 
 
-def notes(table: Table, column: Column, scale: str, beside: Column | None = None) -> list[str]:
-    """How each published column of a block was measured, where we read it, and why no difference is taken."""
-    beside = beside or _published_beside(table, column)
+def notes(table: Table, column: Column, scale: str) -> list[str]:
+    """How each published column of a block was measured, where it was read, and why no difference is taken."""
+    beside = _published_beside(table, column)
     lines = [table.note] if table.note else []
     for reference in table.references:
         known: dict[str, list[str]] = {}
@@ -268,12 +255,12 @@ def notes(table: Table, column: Column, scale: str, beside: Column | None = None
             number = _published(table, row, beside, reference)
             if number.value is None:
                 continue
-            setting = "" if table.varies else number.setting  # of an ablation the row itself says it
-            facts = [number.encoder, setting, f"read from {number.source}"]
+            setting = "" if table.varies else number.setting  # of an ablation the row itself states it
+            words = [number.encoder, setting, f"read from {number.source}"]
             if reason := incomparable(number, experiment(table.paper, row, column, scale, 0)):
-                facts.append(f"no difference taken: {reason}")
-            known.setdefault("; ".join(filter(None, facts)), []).append(row.label)
-        lines += [f"{reference.title}: {facts} ({', '.join(rows)})." for facts, rows in known.items()]
+                words.append(f"no difference taken: {reason}")
+            known.setdefault("; ".join(filter(None, words)), []).append(row.label)
+        lines += [f"{reference.title}: {words} ({', '.join(rows)})." for words, rows in known.items()]
         if not known:
             lines.append(f"{reference.title}: {NOT_AVAILABLE} for {beside.title}.")
     return list(dict.fromkeys(lines))  # two metrics of one printed table have the same
@@ -290,25 +277,6 @@ def to_markdown(frame: pd.DataFrame) -> str:
     rows += [[label, *cells] for label, *cells in frame.itertuples(name=None)]
     lines = (" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows)
     return "".join(f"| {line} |\n" for line in lines)
-
-
-def to_html(frame: pd.DataFrame) -> str:
-    """A frame of text as an HTML table, escaped, numbers aligned by the page's style (class `results`)."""
-    return frame.to_html(classes="results", border=0, justify="center", index_names=False)
-
-
-def _summary(row: pd.Series) -> Summary:
-    if row["n"] == 0:
-        return Summary(None, None, 0)
-    return Summary(row["mean"], None if row["n"] < 2 else row["sd"], int(row["n"]))
-
-
-def _less(row: pd.Series, metric: Metric) -> str:
-    """`+0.12 ± 0.34 (n = 5)`: a mean difference."""
-    if row["less_n"] == 0:
-        return NOT_RUN
-    spread = "" if row["less_n"] < 2 else f" ± {metric.show(row['less_sd'])}"
-    return f"{metric.show(row['less_mean'], signed=True)}{spread} (n = {int(row['less_n'])})"
 
 
 def _published(table: Table, row: Row, column: Column, reference: Reference) -> Published:

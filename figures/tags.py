@@ -27,8 +27,7 @@ from repro import cam
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS
 from repro.measure import segmentation
-from repro.methods.image_tags.pcre import PCRESettings
-from repro.methods.image_tags.pcre import squared_distances
+from repro.methods.image_tags.pcre import PCRESettings, squared_distances
 from repro.recipe import TagRecipe
 from repro.runs import folder_of, is_finished, load_moments, load_outputs
 from repro.settings import SettingError

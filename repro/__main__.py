@@ -1,223 +1,151 @@
-"""`python -m repro`: run one experiment or many, plan them, report them, and exchange results."""
+"""`python -m repro`: run one experiment or many, plan them, report on them, and export results.
 
-import argparse
+A command imports what it needs when it is called, so that `--help` does not wait for torch.
+"""
+
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
 
 from repro.settings import SettingError
 
-SEEDS = "number of seeds, from 0 (default: 1)"
-WORKERS = "runs at a time (default: one a core, or one with CUDA)"
-RUNS = "folder of runs (default: REPRO_RUNS, then runs/ beside the package)"
-DATA = "folder of local data sets (default: REPRO_DATA, then the hub)"
+BAD_INPUT = {"SettingError", "DataError", "WeightsError"}
+FAILED = {"CorruptFile", "RunBusy", "NonFiniteLoss", "OSError"}
+SEVERAL = ("--paper", "--table", "--ablation", "--claims")  # of `plan` and `rerun`: one name or more
+EVERY = "all"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line and do it; returns the exit status (2: bad input, 130: interrupted, 1: failed)."""
-    options = parser().parse_args(arguments)
-    from repro.data.catalogue import DataError
-    from repro.files import CorruptFile
-    from repro.models.pretrained import WeightsError
-    from repro.runs import RunBusy
-    from repro.train import NonFiniteLoss
+class Commands(TyperGroup):
+    """The commands; what goes wrong in one is one line and a status."""
 
-    try:
-        return options.call(options)
-    except (SettingError, DataError, WeightsError) as error:
-        print(f"repro: {error}", file=sys.stderr)
-        return 2
-    except (CorruptFile, RunBusy, NonFiniteLoss, OSError) as error:
-        print(f"repro: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print(f"repro: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 130
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="python -m repro", description=__doc__)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-
-    run = commands.add_parser("run", help="run one experiment (skipped if finished, continued if half-trained)")
-    _add_experiment(run)
-    run.add_argument("--record", help="the experiment as one JSON object, instead of the options above")
-    run.add_argument("--runs", type=Path, help=RUNS)
-    run.add_argument("--data-root", type=Path, help=DATA)
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    run.add_argument("--progress-lines", action="store_true", help="print progress as JSON lines, for another program")
-    run.set_defaults(call=_run)
-
-    show = commands.add_parser("show", help="print an experiment's run id and complete recipe; runs nothing")
-    _add_experiment(show)
-    show.set_defaults(call=_show)
-
-    job = commands.add_parser("reproduce", help="the main job: runs, tables, figures, HTML report")
-    job.add_argument("--scale", default="mini", help="tiny, mini or paper (default: mini)")
-    job.add_argument("--seeds", type=int, default=1, help=SEEDS)
-    job.add_argument("--workers", type=int, default=0, help=WORKERS)
-    job.add_argument("--runs", type=Path, help=RUNS)
-    job.add_argument("--device", default="auto")
-    job.set_defaults(call=_reproduce)
-
-    plan = commands.add_parser("plan", help="which runs tables, ablations and claims need, why, and what they cost")
-    _add_selection(plan)
-    plan.add_argument("--workers", type=int, default=0, help=WORKERS)
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    plan.set_defaults(call=_plan)
-
-    rerun = commands.add_parser("rerun", help="execute what `plan` lists: a notebook a run, through papermill")
-    _add_selection(rerun)
-    rerun.add_argument("--engine", default="auto", help="sequential, snakemake, or auto: snakemake if installed")
-    rerun.add_argument("--workers", type=int, default=0, help=WORKERS)
-    rerun.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
-    rerun.add_argument("--retries", type=int, default=1, help="further attempts where trying again can help")
-    rerun.add_argument("--time-limit", type=float, metavar="SECONDS", help="of one run (default: none)")
-    rerun.add_argument("--profile", help="a Snakemake profile: slurm, kubernetes, or a folder")
-    rerun.add_argument("--data-root", type=Path, help=DATA)
-    rerun.set_defaults(call=_rerun)
-
-    report = commands.add_parser(
-        "report", help="tables, figures and pages from the runs that are there; trains nothing"
-    )
-    report.add_argument("--scale", default="mini", help="tiny, mini or paper (default: mini)")
-    report.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: 5)")
-    report.add_argument("--runs", type=Path, help=RUNS)
-    report.add_argument(
-        "--publish", action="store_true", help="renew figures/ and README.md too, where no committed run is dropped"
-    )
-    report.set_defaults(call=_report)
-
-    export = commands.add_parser("export", help="finished runs as one tidy table, a row a run and metric")
-    export.add_argument("--to", type=Path, required=True, metavar="FILE", help="a .csv or .parquet file")
-    export.add_argument("--scale", help="only runs of this scale (default: all)")
-    export.add_argument("--label", default="unnamed", help="who exports, kept with every row")
-    export.add_argument("--runs", type=Path, help=RUNS)
-    export.set_defaults(call=_export)
-
-    bring = commands.add_parser("import", help="another person's exported results, to be shown beside yours")
-    bring.add_argument("file", type=Path, help="what `export` wrote")
-    bring.add_argument("--label", required=True, help="whose results they are")
-    bring.add_argument("--runs", type=Path, help=RUNS)
-    bring.set_defaults(call=_import)
-    return top
-
-
-def _add_selection(command: argparse.ArgumentParser) -> None:
-    several = {"nargs": "+", "action": "extend", "default": []}
-    command.add_argument("--paper", **several, metavar="P", help="papers (default: all)")
-    command.add_argument("--table", **several, metavar="T", help="tables, or ablations, by name")
-    command.add_argument("--ablation", **several, metavar="A", help="ablations by name")
-    command.add_argument("--claims", nargs="*", action="extend", metavar="ID", help="claims: those named, or all")
-    command.add_argument("--main", action="store_true", help="the main job")
-    command.add_argument("--scale", default="mini", help="tiny, mini or paper (default: mini)")
-    command.add_argument("--seeds", type=int, default=1, help=SEEDS)
-    command.add_argument(
-        "--stale", action="store_true", help="again what was finished by other sources of this package"
-    )
-    command.add_argument("--runs", type=Path, help=RUNS)
-
-
-def _planned(options: argparse.Namespace) -> list:
-    from repro.batch import plan
-
-    selection = plan.select(
-        options.paper,
-        options.table,
-        options.ablation,
-        options.claims if options.claims else options.claims is not None,
-        options.main,
-        options.scale,
-        _seeds(options),
-    )
-    return plan.plan(selection, options.runs, options.stale)
-
-
-def _seeds(options: argparse.Namespace) -> range:
-    if options.seeds < 1:
-        raise SettingError(f"seeds is {options.seeds}; it must be at least 1")
-    return range(options.seeds)
-
-
-def _workers(options: argparse.Namespace) -> int:
-    from repro.batch.local import default_workers
-
-    if options.workers < 0:
-        raise SettingError(f"workers is {options.workers}; it must be 0 (one a CPU core, or one with CUDA) or more")
-    return options.workers or default_workers()
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from repro.batch import plan
-
-    planned, workers = _planned(options), _workers(options)
-    print(json.dumps(plan.as_json(planned, workers), indent=1) if options.json else plan.as_text(planned, workers))
-    return 0
-
-
-def _rerun(options: argparse.Namespace) -> int:
-    from repro import runs
-    from repro.batch.execute import rerun
-
-    names = ("engine", "workers", "device", "retries", "time_limit", "profile", "data_root")
-    settings = {name: getattr(options, name) for name in names}
-    return rerun(_planned(options), options.runs or runs.runs_folder(), **settings).exit_status
-
-
-def _report(options: argparse.Namespace) -> int:
-    from figures import report
-    from repro import runs
-    from repro.batch.reproduce import CHECKOUT, unpublished
-    from repro.recipe import SCALES
-    from repro.settings import unknown
-
-    if options.scale not in SCALES:
-        raise unknown("scale", options.scale, SCALES)
-    seeds, root = tuple(_seeds(options)), options.runs or runs.runs_folder()
-    if options.publish and (reason := unpublished(options.scale, seeds, root)):
-        raise SettingError(f"not published: {reason}; train it, or delete figures/runs.csv first if it is to go")
-    print(report.build(options.scale, seeds, root, CHECKOUT if options.publish else None))
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from figures.exchange import export
-
-    frame = export(options.to, options.runs, options.scale, options.label)
-    print(f"{frame['run'].nunique()} runs, {len(frame)} numbers: {options.to}")
-    return 0
-
-
-def _import(options: argparse.Namespace) -> int:
-    from figures.exchange import bring_in
-
-    print("\n".join(bring_in(options.file, options.label, options.runs).lines()))
-    return 0
-
-
-def _add_experiment(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--paper", default="commatch")
-    command.add_argument("--method", default="commatch")
-    command.add_argument("--data", default="fashion")
-    command.add_argument("--labels", type=int, default=100)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--scale", default="mini", help="tiny, mini or paper")
-    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="overrides",
-                         help="change one hyper-parameter, e.g. --set threshold=0.9; repeat for more")  # fmt: skip
-
-
-def _experiment(options: argparse.Namespace):
-    from repro.experiment import Experiment, from_record
-
-    if getattr(options, "record", None):
+    def invoke(self, ctx) -> None:
+        """Execute a command. Its status is 2 for bad input, 130 after an interruption, 1 for another failure."""
         try:
-            return from_record({"experiment": json.loads(options.record)})
+            raise typer.Exit(super().invoke(ctx) or 0)
+        except KeyboardInterrupt as error:
+            _stop(130, str(error) or "interrupted")
+        except Exception as error:
+            names = {kind.__name__ for kind in type(error).__mro__}
+            if names & BAD_INPUT:
+                _stop(2, str(error))
+            if names & FAILED:
+                _stop(1, f"{type(error).__name__}: {error}")
+            raise
+
+
+def _stop(status: int, message: str) -> None:
+    print(f"repro: {message}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+app = typer.Typer(cls=Commands, help=__doc__.partition("\n")[0], add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, do what it asks, and return the exit status."""
+    try:
+        app(spelled_out(sys.argv[1:] if arguments is None else arguments), prog_name="python -m repro")
+    except SystemExit as end:
+        return end.code
+    raise AssertionError("typer always exits")
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """`plan --paper csl pcre --claims` as typer reads it: `plan --paper csl --paper pcre --claims all`."""
+    if not arguments or arguments[0] not in ("plan", "rerun"):
+        return list(arguments)
+    words, option = [], None
+    for word, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        if word.startswith("-"):
+            option = word if word in SEVERAL else None
+            if not option or following.startswith("-"):  # a value adds its option
+                words += [word, EVERY] if word == "--claims" else [word]
+        else:
+            words += [option, word] if option else [word]
+    return words
+
+
+def option(*names: str, **how) -> Any:
+    """A command line option without the environment's and the default's value in its help."""
+    return typer.Option(*names, show_default=False, **how)
+
+
+Runs = Annotated[Path | None, option(help="folder of runs (default: REPRO_RUNS, then runs/ beside the package)")]
+Data = Annotated[Path | None, option(help="folder of local data sets (default: REPRO_DATA, then the hub)")]
+Scale = Annotated[str, option(help="tiny, mini or paper (default: mini)")]
+Seeds = Annotated[int, option(help="number of seeds, from 0 (default: 1; of a report 5)")]
+Workers = Annotated[int, option(help="runs at a time (default: one a core, or one a GPU)")]
+Device = Annotated[str, option(help="auto, cpu, cuda, cuda:1 ... (default: auto)")]
+# One experiment
+Overrides = Annotated[
+    list[str],
+    option("--set", metavar="NAME=VALUE", help="change one setting, e.g. --set threshold=0.9; repeat for more"),
+]
+# A selection of runs
+Papers = Annotated[list[str], option("--paper", metavar="P ...", help="papers (default: all)")]
+Tables = Annotated[list[str], option("--table", metavar="T ...", help="tables, or ablations, by name")]
+Ablations = Annotated[list[str], option("--ablation", metavar="A ...", help="ablations by name")]
+Claims = Annotated[list[str], option("--claims", metavar="[ID ...]", help="claims: those named, or all")]
+Main = Annotated[bool, option("--main", help="the main job")]
+Stale = Annotated[bool, option("--stale", help="run again what other code of this package finished")]
+
+
+@app.command()
+def run(
+    paper: str = "commatch", method: str = "commatch", data: str = "fashion", labels: int = 100, seed: int = 0,
+    scale: Scale = "mini", overrides: Overrides = (),
+    record: Annotated[str | None, option(help="the experiment as one JSON object, instead of these options")] = None,
+    runs: Runs = None, data_root: Data = None, device: Device = "auto",
+    progress_lines: Annotated[bool, option("--progress-lines", help="print progress as JSON lines")] = False,
+) -> None:  # fmt: skip
+    """Run one experiment (skipped if finished, continued if half-trained)."""
+    from repro.batch.progress import StepBar, title
+    from repro.experiment import from_record
+    from repro.measure.metrics import sentence
+    from repro.papers import SPECS
+    from repro.runs import execute, folder_of
+
+    if record is None:
+        experiment = _experiment(paper, method, data, labels, seed, scale, overrides)
+    else:
+        try:
+            experiment = from_record({"experiment": json.loads(record)})
         except json.JSONDecodeError as error:
-            raise SettingError(f"--record {options.record!r} is not JSON ({error})") from error
-    names = ("paper", "method", "data", "labels", "seed", "scale")
-    overrides = tuple(parse_override(text) for text in options.overrides)
-    return Experiment(**{name: getattr(options, name) for name in names}, overrides=overrides)
+            raise SettingError(f"--record {record!r} is not JSON ({error})") from error
+    on_step = _print_progress if progress_lines else StepBar(title(experiment))
+    metrics = execute(experiment, runs, data_root=data_root, device=device, on_step=on_step)
+    print(folder_of(experiment, runs))
+    names = (*SPECS[experiment.paper].headlines, "nll", "brier", "pixel_accuracy", "boundary_f")
+    print(f"{sentence(metrics['reported']['last']['ema'], names)} (EMA weights, last evaluation)")
+
+
+def _print_progress(done: int, total: int, row: dict) -> None:
+    print(json.dumps({"done": done, "total": total}), flush=True)
+
+
+@app.command()
+def show(
+    paper: str = "commatch", method: str = "commatch", data: str = "fashion", labels: int = 100, seed: int = 0,
+    scale: Scale = "mini", overrides: Overrides = (),
+) -> None:  # fmt: skip
+    """Print an experiment's run id and complete recipe; runs nothing."""
+    from repro.experiment import record, run_id
+
+    experiment = _experiment(paper, method, data, labels, seed, scale, overrides)
+    print(run_id(experiment))
+    print(json.dumps(record(experiment), indent=1))
+
+
+def _experiment(paper, method, data, labels, seed, scale, overrides):
+    from repro.experiment import Experiment
+
+    return Experiment(paper, method, data, labels, seed, scale, tuple(map(parse_override, overrides)))
 
 
 def parse_override(text: str) -> tuple[str, object]:
@@ -231,42 +159,86 @@ def parse_override(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _run(options: argparse.Namespace) -> int:
-    from repro import runs
-    from repro.batch.local import title
-    from repro.batch.progress import StepBar
-    from repro.grid import PAPERS
-    from repro.measure.metrics import sentence
+@app.command()
+def plan(
+    paper: Papers = (), table: Tables = (), ablation: Ablations = (), claims: Claims = (), main: Main = False,
+    scale: Scale = "mini", seeds: Seeds = 1, stale: Stale = False, runs: Runs = None, workers: Workers = 0,
+    as_json: Annotated[bool, option("--json", help="print JSON instead of a table")] = False,
+) -> None:  # fmt: skip
+    """Print which runs tables, ablations and claims need, why, and what they cost."""
+    from repro.batch import plan
+    from repro.batch.execute import default_workers
 
-    experiment = _experiment(options)
-    on_step = _print_progress if options.progress_lines else StepBar(title(experiment))
-    metrics = runs.execute(
-        experiment, options.runs, data_root=options.data_root, device=options.device, on_step=on_step
-    )
-    final = metrics["reported"]["last"]["ema"]
-    print(f"{runs.folder_of(experiment, options.runs)}")
-    further = ("nll", "brier", "pixel_accuracy", "boundary_f")
-    print(f"{sentence(final, (*PAPERS[experiment.paper].HEADLINES, *further))} (EMA weights, last evaluation)")
-    return 0
+    planned = _planned(paper, table, ablation, claims, main, scale, seeds, stale, runs)
+    if workers < 0:
+        raise SettingError(f"workers is {workers}; it must be 0 (one a CPU core, or one with CUDA) or more")
+    workers = workers or default_workers()
+    print(json.dumps(plan.as_json(planned, workers), indent=1) if as_json else plan.as_text(planned, workers))
 
 
-def _print_progress(done: int, total: int, row: dict) -> None:
-    print(json.dumps({"done": done, "total": total}), flush=True)
+@app.command()
+def rerun(
+    paper: Papers = (), table: Tables = (), ablation: Ablations = (), claims: Claims = (), main: Main = False,
+    scale: Scale = "mini", seeds: Seeds = 1, stale: Stale = False, runs: Runs = None, workers: Workers = 0,
+    engine: Annotated[str, option(help="local, snakemake, or auto: snakemake if installed (default: auto)")] = "auto",
+    device: Device = "auto",
+    retries: Annotated[int, option(help="further attempts where trying again can help (default: 1)")] = 1,
+    time_limit: Annotated[float | None, option(metavar="SECONDS", help="of one run (default: none)")] = None,
+    profile: Annotated[str | None, option(help="a Snakemake profile: slurm, kubernetes, or a folder")] = None,
+    data_root: Data = None,
+) -> int:  # fmt: skip
+    """Execute what `plan` lists: a notebook a run, through papermill."""
+    from repro.batch.execute import execute
+
+    planned = _planned(paper, table, ablation, claims, main, scale, seeds, stale, runs)
+    return execute(planned, runs, engine=engine, workers=workers, device=device, retries=retries,
+                   time_limit=time_limit, profile=profile, data_root=data_root).exit_status  # fmt: skip
 
 
-def _show(options: argparse.Namespace) -> int:
-    from repro.experiment import record, run_id
+def _planned(paper, table, ablation, claims, main, scale, seeds, stale, runs) -> list:
+    from repro.batch import plan
 
-    experiment = _experiment(options)
-    print(run_id(experiment))
-    print(json.dumps(record(experiment), indent=1))
-    return 0
+    claims = EVERY in claims or claims
+    selection = plan.select(paper, table, ablation, claims, main, scale, plan.first_seeds(seeds))
+    return plan.plan(selection, runs, stale)
 
 
-def _reproduce(options: argparse.Namespace) -> int:
+@app.command()
+def reproduce(
+    scale: Scale = "mini", seeds: Seeds = 1, workers: Workers = 0, runs: Runs = None, device: Device = "auto"
+) -> int:
+    """Run the main job: runs, tables, figures, HTML report."""
     from repro.batch.reproduce import reproduce
 
-    return reproduce(options.scale, options.seeds, options.workers, options.runs, options.device)
+    return reproduce(scale, seeds, workers, runs, device)
+
+
+@app.command()
+def report(
+    scale: Scale = "mini", seeds: Seeds = 5, runs: Runs = None,
+    publish: Annotated[
+        bool, option("--publish", help="renew figures/rendered/ too, where no committed run is dropped")
+    ] = False,
+) -> None:  # fmt: skip
+    """Write tables, figures and pages from the runs that are there; trains nothing."""
+    from repro.batch import plan, report
+    from repro.runs import runs_folder
+
+    print(report.build(scale, plan.first_seeds(seeds), runs or runs_folder(), publish=publish))
+
+
+@app.command()
+def export(
+    to: Annotated[Path, option(metavar="FILE", help="a .csv or .parquet file")],
+    scale: Annotated[str | None, option(help="only runs of this scale (default: all)")] = None,
+    label: Annotated[str, option(help="who exports, kept with every row")] = "unnamed",
+    runs: Runs = None,
+) -> None:
+    """Write the finished runs as one tidy table: a row a run, reporting rule, kind of weights and metric."""
+    from repro.batch.records import export
+
+    frame = export(to, runs, scale, label)
+    print(f"{frame['run'].nunique()} runs, {len(frame)} numbers: {to}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class Column:
         return f"{TITLES.get(self.data, self.data)}, {self.budget}"
 
 
-def place(experiment: Experiment) -> Column:
+def column_of(experiment: Experiment) -> Column:
     """Where an experiment stands in a table of its paper."""
     return Column(experiment.data, experiment.labels, SPECS[experiment.paper].supervision.budget)
 

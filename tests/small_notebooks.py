@@ -1,4 +1,4 @@
-"""Notebooks for tests of batches: the paper's parameters and its run, without prose, figures and what takes time.
+"""Notebooks for tests of batches: the parameters of `run.ipynb` and a run, without figures and what takes time.
 
 They train the real method on the real images, read from a copy that is already decoded.
 """
@@ -15,7 +15,7 @@ from repro.experiment import Experiment, record
 
 PARAMETERS = "\n".join(
     f"{name} = None"
-    for name in ("paper method data labels seed scale overrides beside runs_root data_root device").split()
+    for name in ("paper method data labels seed scale overrides runs_root data_root device").split()
 )
 QUICK = """
 import sys, types
@@ -23,8 +23,8 @@ as_it_is = types.SimpleNamespace(disable=lambda function, *a, **k: function, gra
 sys.modules["torch._dynamo"] = as_it_is  # SGD imports the compiler, which takes seconds
 import torch
 from repro import runs
-from repro.data import images
-images._load = lambda source, split, root: torch.load({copy!r}, weights_only=False)[split]
+from repro.data import catalogue
+catalogue._load = lambda source, split, root: torch.load({copy!r}, weights_only=False)[split]
 from repro.experiment import Experiment
 experiment = Experiment(paper, method, data, labels, seed, scale, overrides)
 """
@@ -33,14 +33,14 @@ TINY = Experiment("commatch", "supervised", "fashion", 100, 0, "tiny", {"steps":
 
 
 def plain(folder: Path, *cells: str) -> Path:
-    """`commatch.ipynb` with the paper's parameters and any cells, in a folder; returns the folder."""
+    """`run.ipynb` with its parameters and any cells, in a folder; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     book = nbformat.v4.new_notebook(metadata=kernel)
     book.cells = [nbformat.v4.new_code_cell(cell) for cell in (PARAMETERS, *cells)]
     book.cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(book, folder / "commatch.ipynb")
-    return folder
+    nbformat.write(book, folder / "run.ipynb")
+    return folder / "run.ipynb"
 
 
 def training(folder: Path, *cells: str, before: Sequence[str] = ()) -> Path:

@@ -4,17 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
-from figures import exchange, report
 from repro import runs
 from repro.__main__ import main, parse_override
-from repro.batch import plan
+from repro.batch import execute, plan, report
 from repro.experiment import Experiment, run_id
 from repro.files import CorruptFile
-from repro.settings import SettingError
 from repro.tasks import labels as task
 from repro.train import Interrupted, NonFiniteLoss
 from tests.fake_runs import write_run
@@ -35,48 +34,60 @@ def test_an_override_is_read_as_json_or_as_a_string(text, value):
     assert name == text.partition("=")[0] and read == value and type(read) is type(value)
 
 
-@pytest.mark.parametrize("text", ["threshold", "=0.9", ""])
-def test_an_override_without_name_or_sign_is_refused(text):
-    with pytest.raises(SettingError, match="does not read NAME=VALUE, for example --set threshold=0.9"):
-        parse_override(text)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "fixmtach"], "unknown method of commatch 'fixmtach' (did you mean 'fixmatch'?)"),
-        (["--scale", "huge"], "unknown scale 'huge'; known: mini, paper, tiny"),
-        (["--labels", "7"], "7 labels: must be a positive multiple"),
-        (["--seed", "-1"], "seed is -1"),
-        (["--set", "treshold=0.9"], "unknown setting of commatch 'treshold'"),
-        (["--set", "threshold"], "--set 'threshold' does not read NAME=VALUE"),
-        (["--set", "flip=True"], "Recipe.flip is 'True' (str); it must be of type bool"),
-        (["--set", "lr=NaN"], "Recipe.lr is nan; it must be finite"),
-        (["--set", "lr=[1]"], "Recipe.lr is [1] (list); it must be of type float"),
-        (["--set", "network=null"], "Recipe.network is None (NoneType); it must be of type str"),
-        (["--set", "dropout=0"], "the network has none: set dropout > 0"),
-        (["--device", "gpu"], "unknown device 'gpu'; use auto, cpu"),
-        (["--record", "{"], "--record '{' is not JSON"),
-        (["--record", "[]"], "must be a JSON object"),
-        (["--record", '{"papr": 1}'], "unknown field of an experiment 'papr' (did you mean 'paper'?)"),
-        (["--record", '{"labels": "40"}'], "labels is '40' (str)"),
-        (["--data", "cifar10", "--labels", "40"], "cifar10, split 'train' is not available. Looked in:"),
+        (["run", "--method", "fixmtach"], "unknown method of commatch 'fixmtach' (did you mean 'fixmatch'?)"),
+        (["run", "--scale", "huge"], "unknown scale 'huge'; known: mini, paper, tiny"),
+        (["run", "--labels", "7"], "7 labels: must be a positive multiple"),
+        (["run", "--seed", "-1"], "seed is -1"),
+        (["run", "--set", "treshold=0.9"], "unknown setting of commatch 'treshold'"),
+        (["run", "--set", "threshold"], "--set 'threshold' does not read NAME=VALUE, for example --set threshold=0.9"),
+        (["run", "--set", "=0.9"], "--set '=0.9' does not read NAME=VALUE"),
+        (["run", "--set", "flip=True"], "Recipe.flip is 'True' (str); it must be of type bool"),
+        (["run", "--set", "lr=NaN"], "Recipe.lr is nan; it must be finite"),
+        (["run", "--set", "lr=[1]"], "Recipe.lr is [1] (list); it must be of type float"),
+        (["run", "--set", "network=null"], "Recipe.network is None (NoneType); it must be of type str"),
+        (["run", "--set", "dropout=0"], "the network has none: set dropout > 0"),
+        (["run", "--device", "gpu"], "unknown device 'gpu'; use auto, cpu"),
+        (["run", "--record", "{"], "--record '{' is not JSON"),
+        (["run", "--record", "[]"], "must be a JSON object"),
+        (["run", "--record", '{"papr": 1}'], "unknown field of an experiment 'papr' (did you mean 'paper'?)"),
+        (["run", "--record", '{"labels": "40"}'], "labels is '40' (str)"),
+        (["run", "--data", "cifar10", "--labels", "40"], "cifar10, split 'train' is not available. Looked in:"),
+        (["plan", "--paper", "pcr"], "unknown paper 'pcr' (did you mean 'pcre'?)"),
+        (["plan", "--paper", "pcre", "--table", "1z"], "unknown table of pcre '1z'"),
+        (["rerun", "--claims", "tocoo"], "did you mean 'toco'?"),
+        (["plan", "--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["plan", "--main", "--workers", "-1"], "workers is -1; it must be 0"),
+        (["report", "--scale", "huge"], "unknown scale 'huge'"),
+        (["export", "--to", "x.txt"], "x.txt must end in .csv or .parquet"),
+        (["export", "--to", "x.csv", "--runs", "none"], "no finished run in none; nothing to export"),
+        (["export", "--to", "x.csv", "--label", "../ann"], "label is '../ann'"),
     ],
     ids=str,
 )  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "empty"))
     monkeypatch.delenv("REPRO_DATA", raising=False)
-    assert main(["run", *arguments, "--runs", str(tmp_path / "runs")]) == 2
+    monkeypatch.setattr(execute, "execute", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("repro: ") and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["run", "--labels", "many"], ["run", "--scael", "mini"]])
 def test_an_unknown_word_is_status_2_with_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2 and "usage: python -m repro" in capsys.readouterr().err
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("Usage: python -m repro")
+
+
+def test_help_does_not_load_torch():
+    code = "import sys\nfrom repro.__main__ import main\nassert main(['--help']) == 0 and 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and " export " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -175,32 +186,39 @@ def test_plan_prints_the_runs_of_an_ablation_and_their_bill(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "selected"),
     [
-        ([], ([], [], [], False, False, "mini", range(1))),
+        ([], ([], [], [], [], False, "mini", range(1))),
         (["--claims"], ([], [], [], True, False, "mini", range(1))),
+        (["--claims", "--main"], ([], [], [], True, True, "mini", range(1))),
         (["--claims", "toco", "dupl"], ([], [], [], ["toco", "dupl"], False, "mini", range(1))),
         (
-            ["--paper", "csl", "pcre", "--table", "main", "--table", "1a", "--ablation", "rule", "--main",
+            ["--paper", "csl", "pcre", "--table", "main", "--table", "1a", "--ablation=rule", "--main",
              "--scale", "tiny", "--seeds", "3"],
-            (["csl", "pcre"], ["main", "1a"], ["rule"], False, True, "tiny", range(3)),
+            (["csl", "pcre"], ["main", "1a"], ["rule"], [], True, "tiny", range(3)),
         ),
     ],
 )  # fmt: skip
 def test_plan_and_rerun_take_the_same_selection(monkeypatch, tmp_path, arguments, selected):
     asked, reran = [], []
-    monkeypatch.setattr(plan, "select", lambda *chosen: asked.append(chosen) or {})
-    module = ModuleType("repro.batch.execute")
-    module.rerun = lambda *chosen, **settings: reran.append((*chosen, settings)) or SimpleNamespace(exit_status=1)
-    monkeypatch.setitem(sys.modules, "repro.batch.execute", module)
+
+    def select(*chosen):
+        asked.append(tuple(list(item) if isinstance(item, tuple) else item for item in chosen))
+        return {}
+
+    def stand_in(*chosen, **settings):
+        reran.append((*chosen, settings))
+        return SimpleNamespace(exit_status=1)
+
+    monkeypatch.setattr(plan, "select", select)
+    monkeypatch.setattr(execute, "execute", stand_in)
     assert main(["plan", *arguments]) == 0
-    options = ["--workers", "2", "--retries", "0", "--time-limit", "60", "--engine", "sequential", "--device", "cpu"]
+    options = ["--workers", "2", "--retries", "0", "--time-limit", "60", "--engine", "local", "--device", "cpu"]
     assert main(["rerun", *arguments, *options, "--runs", str(tmp_path), "--profile", "slurm"]) == 1
     assert main(["rerun", *arguments]) == 1
     assert asked == [selected] * 3
-    settings = {"engine": "sequential", "workers": 2, "device": "cpu", "retries": 0, "time_limit": 60.0,
+    settings = {"engine": "local", "workers": 2, "device": "cpu", "retries": 0, "time_limit": 60.0,
                 "profile": "slurm", "data_root": None}  # fmt: skip
-    assert reran[0] == ([], tmp_path, settings)
     usual = {"engine": "auto", "workers": 0, "device": "auto", "retries": 1, "time_limit": None, "profile": None}
-    assert reran[1] == ([], runs.runs_folder(), usual | {"data_root": None})
+    assert reran == [([], tmp_path, settings), ([], None, usual | {"data_root": None})]
 
 
 def test_stale_runs_are_planned_again_only_when_asked(tmp_path, capsys):
@@ -212,46 +230,20 @@ def test_stale_runs_are_planned_again_only_when_asked(tmp_path, capsys):
     assert "4 of 4 runs to do (1 stale, 3 missing)" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["plan", "--paper", "pcr"], "unknown paper 'pcr' (did you mean 'pcre'?)"),
-        (["plan", "--paper", "pcre", "--table", "1z"], "unknown table of pcre '1z'"),
-        (["rerun", "--claims", "tocoo"], "did you mean 'toco'?"),
-        (["plan", "--seeds", "0"], "seeds is 0; it must be at least 1"),
-        (["plan", "--main", "--workers", "-1"], "workers is -1; it must be 0"),
-        (["report", "--scale", "huge"], "unknown scale 'huge'"),
-        (["export", "--to", "x.txt"], "x.txt must end in .csv or .parquet"),
-        (["export", "--to", "x.csv", "--runs", "none"], "no finished run in none; nothing to export"),
-        (["import", "none.csv", "--label", "ann"], "none.csv does not exist"),
-        (["import", "none.csv", "--label", "../ann"], "label is '../ann'"),
-    ],
-    ids=str,
-)
-def test_bad_input_to_a_batch_is_one_line_and_status_2(monkeypatch, tmp_path, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    module = ModuleType("repro.batch.execute")
-    module.rerun = lambda *_, **__: pytest.fail("it ran")
-    monkeypatch.setitem(sys.modules, "repro.batch.execute", module)
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("repro: ") and message in err and err.count("\n") == 1
-
-
-def test_results_go_out_and_come_in(tmp_path, capsys):
-    mine = write_run(Experiment(), tmp_path / "theirs").name
-    sent = str(tmp_path / "sent.parquet")
-    assert main(["export", "--to", sent, "--runs", str(tmp_path / "theirs"), "--label", "ann", "--scale", "mini"]) == 0
+def test_finished_runs_are_exported(tmp_path, capsys):
+    mine = write_run(Experiment(), tmp_path / "mine").name
+    sent = tmp_path / "sent.parquet"
+    assert main(["export", "--to", str(sent), "--runs", str(tmp_path / "mine"), "--label", "ann"]) == 0
     assert capsys.readouterr().out.startswith("1 runs, ")
-    assert main(["import", sent, "--label", "ann", "--runs", str(tmp_path / "mine")]) == 0
-    assert capsys.readouterr().out == f"1 runs added to {tmp_path / 'mine' / 'imported' / 'ann.parquet'}\n"
-    assert set(exchange.imported(tmp_path / "mine")["run"]) == {mine}
+    assert set(pd.read_parquet(sent)["run"]) == {mine}
 
 
-def test_report_builds_from_the_runs_that_are_there_and_commits_nothing(monkeypatch, tmp_path, capsys):
+def test_reports_are_built_from_the_runs_that_are_there_and_published_only_when_asked(monkeypatch, tmp_path, capsys):
     asked = []
-    monkeypatch.setattr(report, "build", lambda *chosen: asked.append(chosen) or tmp_path / "index.html")
+    monkeypatch.setattr(report, "build", lambda *chosen, **how: asked.append((*chosen, how)) or tmp_path / "index.html")
     assert main(["report", "--scale", "tiny", "--seeds", "2", "--runs", str(tmp_path)]) == 0
-    assert main(["report"]) == 0
-    assert asked == [("tiny", (0, 1), tmp_path, None), ("mini", (0, 1, 2, 3, 4), runs.runs_folder(), None)]
+    assert main(["report", "--publish"]) == 0
+    assert asked == [
+        ("tiny", range(2), tmp_path, {"publish": False}), ("mini", range(5), runs.runs_folder(), {"publish": True}),
+    ]  # fmt: skip
     assert capsys.readouterr().out == f"{tmp_path / 'index.html'}\n" * 2

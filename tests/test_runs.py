@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -369,7 +370,7 @@ def test_a_lock_that_the_file_system_cannot_give_is_not_called_busy(tmp_path, mo
     def unsupported(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(runs.fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.raises(OSError, match="not supported") as error:
         execute(SUPERVISED, tmp_path)
     assert not isinstance(error.value, RunBusy)

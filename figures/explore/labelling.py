@@ -13,8 +13,7 @@ from figures.style import label_of, where
 from repro.data.augment import normalise
 from repro.data.mask_views import IMAGENET_MEAN, IMAGENET_STD, PADDING, hide
 from repro.data.masks import IGNORE
-from repro.data.scribbles import trace
-from repro.data.scribbles import WIDTH, paint
+from repro.data.scribbles import WIDTH, paint, trace
 from repro.experiment import Experiment, resolve
 from repro.measure.segmentation import confusion, pixel_accuracy
 from repro.methods.scribbles.common import PUBLISHED

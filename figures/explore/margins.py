@@ -21,8 +21,7 @@ from repro.data import splits
 from repro.data.augment import Views
 from repro.data.catalogue import SOURCES
 from repro.experiment import Experiment, resolve
-from repro.methods.few_labels.calibratemix import CalibrateMixSettings
-from repro.methods.few_labels.calibratemix import PAIRINGS, cosine_similarity, draw_pairs
+from repro.methods.few_labels.calibratemix import PAIRINGS, CalibrateMixSettings, cosine_similarity, draw_pairs
 
 KINDS = ("labelled", "unlabelled")
 SHOWN = 24  # images around a percentile

@@ -1,13 +1,13 @@
 """Many runs: each planned run is executed once, as a notebook, by a local pool of processes or by Snakemake.
 
 Both start the same command for a run (`python -m repro.batch.once`), so they give the same results. Snakemake also
-takes the batch to Slurm or Kubernetes: `profiles/` holds a profile for each, and a folder of one's own may take their
-place. A finished run is never repeated, a half-trained one continues, a failed one stops no other. What became of a run
-is read from its folder alone.
+takes the batch to Slurm or Kubernetes with a profile of `profiles/` or of the user. A finished run is never repeated, a
+half-trained one continues, and a failed one stops no other. The outcome of a run is read from its folder alone.
 """
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -21,7 +21,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,7 @@ POLL = 0.5  # seconds between two looks at the running runs
 
 @dataclass
 class Summary:
-    """What became of a batch. failed: experiment, failure class, the last that was said.
+    """The outcome of a batch. failed: experiment, failure class, message.
 
     notes: finished runs whose notebook stopped later, at a figure for example.
     """
@@ -67,8 +67,8 @@ class Summary:
     def __str__(self) -> str:
         """Counts, and a table of failures: class, run, last line."""
         counts = f"{len(self.finished)} finished, {len(self.skipped)} finished before, {len(self.failed)} failed"
-        rows = [(kind, title(experiment), _last_line(said)) for experiment, kind, said in self.failed]
-        rows += [("notebook", title(experiment), _last_line(said)) for experiment, said in self.notes]
+        rows = [(kind, title(experiment), _last_line(message)) for experiment, kind, message in self.failed]
+        rows += [("notebook", title(experiment), _last_line(message)) for experiment, message in self.notes]
         if not rows:
             return counts
         table = [("class", "run", "last line"), *rows]
@@ -78,7 +78,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to execute, and the command that does it, without the number of the attempt. seconds: expected."""
+    """One run to execute. command: options of `once` without the attempt's number. seconds: expected."""
 
     experiment: Experiment
     folder: Path
@@ -91,9 +91,9 @@ def execute(
     device: str = "auto", retries: int = 1, time_limit: float | None = None, profile: str | None = None,
     data_root: Path | None = None, notebook: Path = once.NOTEBOOK_OF_A_RUN,
 ) -> Summary:  # fmt: skip
-    """Execute every planned run that is not finished, and print what became of it.
+    """Execute every planned run that is not finished, and print its outcome.
 
-    planned: of `plan.plan`; its `stale` runs are executed anew, their former folder goes to `replaced/`.
+    planned: of `plan.plan`. Its `stale` runs are executed anew, and their former folder goes to `replaced/`.
     engine: `local` (a pool of processes), `snakemake`, or `auto`: Snakemake where it is installed.
     workers: runs at a time; 0: one a CPU core or a GPU, or what the profile states.
     retries: further attempts after a failure that may pass (`once.RETRIED`). time_limit: seconds of one attempt.
@@ -112,7 +112,7 @@ def execute(
         if jobs:
             print(_opening(jobs, summary, workers, profile), flush=True)
             with _sigterm_interrupts(), BatchBar([(job.experiment, job.folder, job.seconds) for job in jobs]) as bar:
-                report = _Report(summary, len(jobs), bar)
+                report = _Report(summary, jobs, workers, bar)
                 if engine == "local":
                     _in_pool(jobs, workers, retries, report)
                 else:
@@ -125,7 +125,7 @@ def execute(
 def _checked(
     engine: str, workers: int, retries: int, time_limit: float | None, profile: str | None, notebook: Path
 ) -> str:
-    """The engine that `auto` stands for; SettingError for what cannot be."""
+    """The engine, with `auto` resolved; SettingError for settings that are not possible."""
     installed = importlib.util.find_spec("snakemake") is not None
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
@@ -151,7 +151,7 @@ def default_workers(device: str = "auto") -> int:
 
 
 def ordered(jobs: Iterable[Job]) -> list[Job]:
-    """The quickest job, so that a first result comes soon, then the longest first, so that none is left alone."""
+    """The quickest job first, for an early result, then from the longest to the shortest, so that workers stay busy."""
     longest = sorted(jobs, key=lambda job: -job.seconds)
     quickest = min(longest, key=lambda job: job.seconds, default=None)
     return [quickest, *(job for job in longest if job is not quickest)] if longest else []
@@ -173,29 +173,31 @@ def alone(root: Path) -> Iterator[None]:
 
     Raises RunBusy naming the process that holds it, OSError when nothing can be written here.
     """
-    holder = root / HOLDER
+    lock, holder, name = FileLock(root / LOCK, timeout=0), root / HOLDER, ""
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / LOCK, timeout=0):
-            since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
-            yield
+        lock.acquire()
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
     except Timeout as error:
-        name = ""
         with contextlib.suppress(OSError):
             name = holder.read_text(encoding="utf-8").strip()
         raise runs.RunBusy(
-            f"{root} is being rerun by {name or 'another process'}; "
-            f"wait for it, stop it, or name another folder: --runs"
+            f"{root} is being rerun by {name or 'another process'}; wait for it, stop it, or name another folder: "
+            f"--runs"
         ) from error
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         raise OSError(
             f"cannot write in {root} ({error}); free space there, or name another folder: --runs, or REPRO_RUNS"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _unfinished(planned: Sequence[Planned], root: Path, summary: Summary) -> list[Planned]:
-    """What is to run. Finished runs go to the summary, those whose files were edited as failures."""
+    """The runs to execute. Finished runs go to the summary, as failures if their files were edited."""
     todo = []
     for item in {item.run: item for item in planned}.values():
         folder = root / item.run
@@ -216,10 +218,11 @@ def _unfinished(planned: Sequence[Planned], root: Path, summary: Summary) -> lis
 def _check_finished(experiment: Experiment, folder: Path) -> None:
     """Raise CorruptFile unless the files of a finished run are those of this experiment."""
     wanted = json.loads(json.dumps(record(experiment)["recipe"]))
-    for name, saved in (("metrics.json", runs.load_metrics(folder)), ("experiment.json", None)):
-        if name == "experiment.json" and (folder / name).exists():
-            saved = read_json(folder / name)
-        if saved is not None and (not isinstance(saved, dict) or saved.get("recipe", wanted) != wanted):
+    found = {"metrics.json": runs.load_metrics(folder)}
+    if (folder / "experiment.json").exists():
+        found["experiment.json"] = read_json(folder / "experiment.json")
+    for name, saved in found.items():
+        if not isinstance(saved, dict) or saved.get("recipe", wanted) != wanted:
             raise CorruptFile(
                 f"{folder / name} was edited: it is not the record of this run; restore it, or delete the folder to "
                 f"run it again"
@@ -229,10 +232,8 @@ def _check_finished(experiment: Experiment, folder: Path) -> None:
 
 def _set_aside(folder: Path, replaced: Path) -> None:
     replaced.mkdir(exist_ok=True)
-    number = 1
-    while (replaced / f"{folder.name}-{number}").exists():
-        number += 1
-    os.replace(folder, replaced / f"{folder.name}-{number}")
+    names = (replaced / f"{folder.name}-{number}" for number in itertools.count(1))
+    os.replace(folder, next(name for name in names if not name.exists()))
 
 
 def _arguments(root, device, gpus, time_limit, data_root, notebook) -> list[str]:
@@ -244,41 +245,50 @@ def _arguments(root, device, gpus, time_limit, data_root, notebook) -> list[str]
 
 
 def _job(item: Planned, root: Path, how: Sequence[str]) -> Job:
-    asked = json.dumps(record(item.experiment)["experiment"])
-    return Job(item.experiment, root / item.run, ("--record", asked, "--run", item.run, *how), item.seconds or 0.0)
+    wanted = json.dumps(record(item.experiment)["experiment"])
+    return Job(item.experiment, root / item.run, ("--record", wanted, "--run", item.run, *how), item.seconds or 0.0)
 
 
 def _opening(jobs: Sequence[Job], summary: Summary, workers: int, profile: str | None) -> str:
-    total = sum(job.seconds for job in jobs)
     text = f"{len(jobs)} runs to do, {len(summary.skipped)} finished before"
     if workers:
         text += f"; {workers} at a time" if workers > 1 else "; one at a time"
-    if workers and total:
-        seconds = max(max(job.seconds for job in jobs), total / min(workers, len(jobs)))
-        text += f"; about {clock(seconds)} from what earlier runs took"
+    if workers and any(job.seconds for job in jobs):
+        text += f"; about {clock(wall_seconds(jobs, workers))} from what earlier runs took"
     return text + (f"; profile {profile}" if profile else "")
+
+
+def wall_seconds(jobs: Sequence[Job], workers: int) -> float:
+    """Expected seconds until the last job ends: at least those of the longest one."""
+    seconds = [job.seconds for job in jobs]
+    return max(max(seconds), sum(seconds) / workers)
 
 
 class _Report:
     """Prints a line as each run ends, and enters it in the summary."""
 
-    def __init__(self, summary: Summary, total: int, bar: BatchBar) -> None:
-        self.summary, self.total, self.bar, self.done, self.started = summary, total, bar, 0, time.monotonic()
+    def __init__(self, summary: Summary, jobs: Sequence[Job], workers: int, bar: BatchBar) -> None:
+        self.summary, self.waiting, self.workers, self.bar = summary, list(jobs), workers, bar
+        self.total, self.started = len(jobs), time.monotonic()
 
     def ended(self, job: Job, failure: Failure | None) -> None:
-        self.done += 1
+        """failure: None for a finished run."""
+        self.waiting.remove(job)
         if failure is None:
             metrics = runs.load_metrics(job.folder)
             numbers = sentence(metrics["reported"]["last"]["ema"], SPECS[job.experiment.paper].headlines)
-            said = f"{numbers}, {metrics['cost']['train_seconds']:.0f} s"
+            outcome = f"{numbers}, {metrics['cost']['train_seconds']:.0f} s"
             self.summary.finished.append(job.experiment)
             if (job.folder / once.FAILED).exists():
                 self.summary.notes.append((job.experiment, f"trained; its notebook stopped: {once.FAILED}"))
         else:
-            said = f"FAILED, {failure.kind}: {_last_line(failure.message)}"
+            outcome = f"FAILED, {failure.kind}: {_last_line(failure.message)}"
             self.summary.failed.append((job.experiment, failure.kind, failure.message))
-        spent = clock(time.monotonic() - self.started)
-        self.bar.write(f"[{spent}] {self.done} of {self.total}: {title(job.experiment)}: {said}")
+        when = clock(time.monotonic() - self.started)
+        if self.waiting and self.workers and all(job.seconds for job in self.waiting):
+            when += f", about {clock(wall_seconds(self.waiting, self.workers))} left"
+        done = self.total - len(self.waiting)
+        self.bar.write(f"[{when}] {done} of {self.total}: {title(job.experiment)}: {outcome}")
         self.bar.ended(job.folder)
 
 
@@ -347,26 +357,33 @@ def _attempts(job: Job, here: Sequence[str], retries: int, stop: threading.Event
             process.terminate()
         printed = process.communicate()[0]
         running.discard(process)
-        told = once.failed_at(job.folder) != failed_before
-        failure = _outcome(job, process.returncode, printed, attempt, told, once.oom_kills() > killed_before)
+        died = _death(process.returncode, printed, attempt, once.oom_kills() > killed_before)
+        failure = _outcome(job.folder, failed_before, died)
         if failure is None or failure.kind not in RETRIED:
             break
     return failure
 
 
-def _outcome(job: Job, status: int, printed: str, attempt: int, told: bool, oom: bool) -> Failure | None:
-    """What became of an attempt: its metrics, the failure.json that it wrote (`told`), else how its process ended."""
-    if once.is_finished(job.folder):
-        once.settle(job.folder, None, whole=False)  # killed while it drew
-        return None
-    if told and (failure := once.read_failure(job.folder)):
-        return failure
-    kinds = {-signal.SIGTERM: "preempted", -signal.SIGKILL: "out of memory" if oom else "dead kernel"}
+def _death(status: int, printed: str, attempt: int, oom: bool) -> Failure:
+    """The failure of an attempt as its process ended. oom: whether the system killed a process for its memory."""
+    kinds = {-signal.SIGTERM: "preempted", -9: "out of memory" if oom else "dead kernel"}
     kind = (kinds | {status: kind for kind, status in CLASSES.items()}).get(status, "bug")
     printed = "\n".join(printed.strip().splitlines()[-once.TAIL :])
-    failure = Failure(kind, printed or f"its process ended with status {status} and said nothing", attempt)
-    once.settle(job.folder, failure)
-    return failure
+    return Failure(kind, printed or f"its process ended with status {status} and printed nothing", attempt)
+
+
+def _outcome(folder: Path, failed_before: int, otherwise: Failure) -> Failure | None:
+    """The outcome of a run that ended: its metrics, else the failure.json that it wrote, else `otherwise`.
+
+    failed_before: `once.failed_at` before the run started.
+    """
+    if once.is_finished(folder):
+        once.settle(folder, None, whole=False)  # killed while it drew
+        return None
+    if once.failed_at(folder) != failed_before and (failure := once.read_failure(folder)):
+        return failure
+    once.settle(folder, otherwise)
+    return otherwise
 
 
 # Snakemake
@@ -393,7 +410,7 @@ def _by_snakemake(
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(plan.with_name("Snakefile")), "--directory", str(root),
         "--config", f"plan={plan}", "--nocolor", "--keep-going", "--scheduler", "greedy",
-        # Our own lock dies with its process, and metrics.json is whole or absent: what a kill leaves is no obstacle.
+        # The batch's own lock dies with its process, and metrics.json is whole or absent, so a kill leaves no obstacle.
         "--nolock", "--ignore-incomplete", "--keep-incomplete", "--rerun-triggers", "mtime",
         *_where(profile, workers, threads),
     ]  # fmt: skip
@@ -416,9 +433,9 @@ def _by_snakemake(
             process.wait()
             raise
     printed = log.read_text(encoding="utf-8", errors="replace")
-    of_jobs = failures_in_log(printed)
+    of_jobs, not_run = failures_in_log(printed), Failure("bug", f"Snakemake did not run it:\n{printed.strip()[-2000:]}")
     for job in waiting:
-        failures.append(_failure(job.folder, once.failed_at(job.folder) != before[job.folder], of_jobs, printed))
+        failures.append(_outcome(job.folder, before[job.folder], of_jobs.get(job.folder.name, not_run)))
         report.ended(job, failures[-1])
     for job in jobs:
         _drop_empty(job.folder / once.NOTEBOOK)
@@ -449,23 +466,11 @@ def _drop_empty(log: Path) -> None:
 
 
 def _is_over(folder: Path, failed_before: int, retries: int) -> bool:
-    """Whether a run is finished and its notebook is drawn, or has failed and is not tried again."""
+    """Whether a run is finished, its notebook too, or has failed and is not tried again."""
     if once.is_finished(folder):
         return not (folder / once.RUNNING).exists()
     failure = once.read_failure(folder) if once.failed_at(folder) != failed_before else None
     return failure is not None and (failure.kind not in once.RETRIED or failure.attempt > retries)
-
-
-def _failure(folder: Path, told: bool, of_jobs: Mapping[str, Failure], said: str) -> Failure | None:
-    """What became of a run when Snakemake has ended. told: whether the run itself wrote why it failed."""
-    if once.is_finished(folder):
-        once.settle(folder, None, whole=False)  # killed while it drew
-        return None
-    if told and (failure := once.read_failure(folder)):
-        return failure
-    failure = of_jobs.get(folder.name) or Failure("bug", f"Snakemake did not run it:\n{said.strip()[-2000:]}")
-    once.settle(folder, failure)
-    return failure
 
 
 STATES = {
@@ -475,13 +480,13 @@ STATES = {
 
 
 def failures_in_log(log: str) -> dict[str, Failure]:
-    """Run -> why Snakemake, or the cluster behind it, says that its job failed; of the last attempt."""
+    """Run -> the failure that Snakemake, or its cluster, reports for the run's last attempt."""
     found = {}
     for block in re.split(r"\n(?=Error in rule )", log)[1:]:
         run = re.search(r"^    output: (.+)/metrics\.json", block, re.MULTILINE)
         message = re.search(r"^    message: (.+)", block, re.MULTILINE)
         if run:
-            text = message[1] if message else "its job ended without a word"
+            text = message[1] if message else "its job ended without a message"
             state = re.search(r"status is: '?([A-Z_]+)", text)
             found[Path(run[1]).name] = Failure(STATES.get(state[1] if state else "", "dead kernel"), text)
     return found

@@ -1,10 +1,10 @@
 """One run as a notebook: papermill executes `notebooks/run.ipynb` in a kernel of its own.
 
-This is the command of a batch's jobs, whatever starts them; for one run by hand there is `python -m repro run`. A run
-succeeded if and only if its `metrics.json` exists: the notebook can look complete although its kernel died. A run
-leaves `notebook.ipynb`; one that failed leaves `failed.ipynb`, as far as it came, and `failure.json` with its class.
+This is the command of every job of a batch. For one run by hand there is `python -m repro run`. A run succeeded if and
+only if its `metrics.json` exists: the notebook can look complete although its kernel died. A finished run leaves
+`notebook.ipynb`. A failed one leaves `failed.ipynb`, executed up to the failure, and `failure.json` with its class.
 
-The batch has checked the record, so that nothing here needs torch, which the kernel loads anyway.
+The batch has checked the record. Nothing here needs torch, since the kernel loads it anyway.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TAIL = 20
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt at a run left no metrics: one of `CLASSES`, and what was said last."""
+    """Why an attempt at a run left no metrics. kind: one of `CLASSES`."""
 
     kind: str
     message: str
@@ -82,10 +82,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--time-limit", type=float, help="seconds")
     top.add_argument("--parent", type=int, help="stop when this process, which started the command, is gone")
     top.add_argument("--attempt", type=int, default=1, help="above 1: only after a failure that may pass by itself")
-    top.add_argument(
-        "--output", type=Path, help="where metrics.json is to be as well, for a machine without its folder"
-    )
-    top.add_argument("--log", type=Path, help="where notebook.ipynb is to be as well")
+    top.add_argument("--output", type=Path, help="a second place for metrics.json, for a machine without its folder")
+    top.add_argument("--log", type=Path, help="a second place for notebook.ipynb")
     top.add_argument("--notebook", type=Path, default=NOTEBOOK_OF_A_RUN, help="what is executed")
     return top
 
@@ -126,7 +124,7 @@ def execute(
     if not is_finished(folder):
         failure = dataclasses.replace(classify(error, watch.reason, oom_kills() > killed_before), attempt=attempt)
     elif error is not None:
-        print(f"trained, but its notebook stopped: {_told(error)[1]}", file=sys.stderr)
+        print(f"trained, but its notebook stopped: {_described(error)[1]}", file=sys.stderr)
     settle(folder, failure, whole=error is None)
     return failure
 
@@ -137,23 +135,23 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """What `failure.json` of a run folder says, None without a readable one."""
+    """The content of a run folder's `failure.json`, None without a readable one."""
     try:
-        said = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
-        return Failure(said["class"], str(said["message"]), said["attempt"]) if said["class"] in CLASSES else None
+        saved = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
+        return Failure(saved["class"], str(saved["message"]), saved["attempt"]) if saved["class"] in CLASSES else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def failed_at(folder: Path) -> int:
-    """When `failure.json` of a run folder was written, 0 without one: tells a new failure from an old one."""
+    """When `failure.json` of a run folder was written, 0 without one; it separates a new failure from an old one."""
     with contextlib.suppress(OSError):
         return (folder / FAILURE).stat().st_mtime_ns
     return 0
 
 
 def settle(folder: Path, failure: Failure | None, whole: bool = True) -> None:
-    """Name the executed notebook by what became of the run, and write or remove `failure.json`.
+    """Name the executed notebook by the outcome of the run, and write or remove `failure.json`.
 
     whole: whether the notebook was executed to its end. A folder that cannot be written keeps what it has.
     """
@@ -166,9 +164,9 @@ def settle(folder: Path, failure: Failure | None, whole: bool = True) -> None:
                 (folder / FAILED).unlink(missing_ok=True)
         elif folder.exists():
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            said = {"class": failure.kind, "message": failure.message, "attempt": failure.attempt, "when": when}
+            saved = {"class": failure.kind, "message": failure.message, "attempt": failure.attempt, "when": when}
             part = folder / f".{FAILURE}.part"
-            part.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
             os.replace(part, folder / FAILURE)
 
 
@@ -183,10 +181,10 @@ KERNEL = re.compile(r"Kernel (?:died|didn't respond)")
 def classify(error: BaseException | None, stopped: str | None, oom: bool) -> Failure:
     """The failure of a run without metrics.
 
-    error: what papermill, or the preparation, raised. stopped: the class that `Watch` stopped it for.
-    oom: whether the system killed a process for its memory meanwhile. It and a broken kernel look alike otherwise.
+    error: raised by papermill or by the preparation. stopped: the class for which `Watch` stopped it.
+    oom: whether the system killed a process for its memory meanwhile. Otherwise it looks like a broken kernel.
     """
-    name, message = ("", NO_METRICS) if error is None else _told(error)
+    name, message = ("", NO_METRICS) if error is None else _described(error)
     if stopped:
         return Failure(stopped, f"{STOPS[stopped]}; run it again to continue from its checkpoint, if it has one")
     if name in ("Interrupted", "KeyboardInterrupt"):
@@ -205,8 +203,8 @@ NO_METRICS = "the notebook ended, but left no metrics.json of this run; was its 
 STOPS = {"preempted": "told to stop (SIGTERM or Ctrl-C, or its batch ended)", "time limit": "stopped at its time limit"}
 
 
-def _told(error: BaseException) -> tuple[str, str]:
-    """The name of an exception, of the one that a cell raised if there is one, and `name: message`."""
+def _described(error: BaseException) -> tuple[str, str]:
+    """The name of an exception and `name: message`; of the exception that a cell raised, if there is one."""
     name = getattr(error, "ename", None) or type(error).__name__
     return name, f"{name}: {getattr(error, 'evalue', None) or error}"
 
@@ -309,13 +307,13 @@ def _signal(pid: int, number: int) -> None:
 
 def _papermill(notebook: Path, folder: Path, parameters: dict, watch: Watch) -> None:
     """Execute a notebook into `running.ipynb`."""
-    sys.modules.setdefault("rfc3987_syntax", None)  # the check of a format that no notebook has; a second of import
+    sys.modules.setdefault("rfc3987_syntax", None)  # checks a format that no notebook has, and takes a second to import
     import papermill
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine, papermill_engines
 
     class Client(PapermillNotebookClient):
-        """A client that tells `watch` its kernel's process, and starts no cell after a stop."""
+        """A client that gives its kernel's process to `watch`, and starts no cell after a stop."""
 
         def create_kernel_manager(self):
             manager = super().create_kernel_manager()
@@ -348,11 +346,11 @@ def _papermill(notebook: Path, folder: Path, parameters: dict, watch: Watch) -> 
 
 
 def _wait_until_free(folder: Path, seconds: float = 15.0) -> None:
-    """Return when no other process has the run's lock. A kernel that outlived its batch is gone after a second."""
+    """Wait until no other process has the run's lock: a kernel that outlived its batch ends after a second."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=seconds, poll_interval=0.2):
-            return  # after a time-out the notebook names who is busy with what
+            pass  # after a time-out the notebook itself raises RunBusy
     except OSError as error:
         raise OSError(f"cannot write in {folder} ({error}); name another folder: --runs, or REPRO_RUNS") from error
 

@@ -1,7 +1,7 @@
 """What would run, why, and what it costs: the runs behind tables, ablations, claims and the main job.
 
-`select` says which experiments are wanted and by whom, `plan` what became of each in a folder of runs, `bill` sums up
-what is left to do. Nothing here trains or writes.
+`select` chooses experiments, `plan` finds the state of each in a folder of runs, `bill` sums up the work that is left.
+Nothing here trains or writes.
 """
 
 import contextlib
@@ -20,13 +20,14 @@ from typing import Any
 import pandas as pd
 
 from repro import runs
+from repro.batch import once
+from repro.batch import records as committed
 from repro.batch.progress import clock, title
-from repro.batch.records import COMMITTED_RUNS, load_runs
 from repro.experiment import Experiment, record, run_id
 from repro.files import CorruptFile, load_state, read_json
 from repro.grid import PAPERS, checked_seeds
 from repro.recipe import SCALES
-from repro.settings import unknown
+from repro.settings import SettingError, unknown
 from repro.train import CHECKPOINT
 
 FINISHED, STALE, HALF, CHANGED, MISSING, FAILED = STATES = (
@@ -41,20 +42,22 @@ UNKNOWN_SECONDS, TINY_SECONDS = 120.0, 5.0  # guesses for a method that was neve
 # Which experiments
 
 
+def first_seeds(count: int) -> range:
+    """The first `count` seeds; SettingError below 1."""
+    if count < 1:
+        raise SettingError(f"seeds is {count}; it must be at least 1")
+    return range(count)
+
+
 def select(
-    papers: Sequence[str] = (),
-    tables: Sequence[str] = (),
-    ablations: Sequence[str] = (),
-    claims: bool | Sequence[str] = False,
-    main: bool = False,
-    scale: str = "mini",
-    seeds: Sequence[int] = (0,),
-) -> dict[Experiment, tuple[str, ...]]:
+    papers: Sequence[str] = (), tables: Sequence[str] = (), ablations: Sequence[str] = (),
+    claims: bool | Sequence[str] = False, main: bool = False, scale: str = "mini", seeds: Sequence[int] = (0,),
+) -> dict[Experiment, tuple[str, ...]]:  # fmt: skip
     """Experiment -> who wants it (`("pcre main job", "pcre claims", "pcre ablation 1a")`), one entry a run folder.
 
-    papers: all if none is named. tables: names of tables or of ablations; ablations: names of ablations; claims: ids,
-    or True for all; main: the main job. If none of these four is asked for, everything of the papers is.
-    Order: seed by seed; of each the main job, claims, tables, ablations; shared runs where they are first wanted.
+    papers: all if none is named. tables: names of tables or of ablations. ablations: names of ablations. claims: ids,
+    or True for all. main: the main job. Without any of these four, everything of the papers is selected.
+    Order: seed by seed; of each seed the main job, claims, tables, ablations; a shared run where it first occurs.
     Raises SettingError for a name that none of the papers has.
     """
     names = tuple(dict.fromkeys(papers)) or tuple(PAPERS)
@@ -63,22 +66,22 @@ def select(
             raise unknown("paper", name, PAPERS)
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
-    everything = not (tables or ablations or claims or main)
+    everything, whose = not (tables or ablations or claims or main), f"of {', '.join(names)}"
     chosen = {name: PAPERS[name] for name in names}
-    whose = f"of {', '.join(names)}"
-    of_tables = {(name, key): ("table", table) for name, paper in chosen.items() for key, table in paper.TABLES.items()}
-    of_ablations = {
-        (name, key): ("ablation", table) for name, paper in chosen.items() for key, table in paper.ABLATIONS.items()
-    }
-    of_claims = {(name, key): claim for name, paper in chosen.items() for key, claim in paper.CLAIMS.items()}
-    asked_tables = _named(f"table {whose}", tables, of_ablations | of_tables)
-    asked_tables |= _named(f"ablation {whose}", ablations, of_ablations)
-    asked_claims = _named(f"claim {whose}", () if claims is True else claims or (), of_claims)
+    of_tables = {(name, key): table for name, paper in chosen.items() for key, table in paper.tables.items()}
+    of_ablations = {(name, key): table for name, paper in chosen.items() for key, table in paper.ablations.items()}
+    of_claims = {(name, key): claim for name, paper in chosen.items() for key, claim in paper.claims.items()}
+    if everything:
+        named_tables, named_claims = of_tables | of_ablations, of_claims
+    else:
+        named_tables = _named(f"table {whose}", tables, of_ablations | of_tables)
+        named_tables |= _named(f"ablation {whose}", ablations, of_ablations)
+        named_claims = of_claims if claims is True else _named(f"claim {whose}", claims or (), of_claims)
 
     wanted = [(f"{name} main job", paper.main_experiments) for name, paper in chosen.items() if main or everything]
-    for (name, _), claim in (of_claims if claims is True or everything else asked_claims).items():
-        wanted.append((f"{name} claims", claim.experiments))
-    for (name, key), (kind, table) in (of_tables | of_ablations if everything else asked_tables).items():
+    wanted += [(f"{name} claims", claim.experiments) for (name, _), claim in named_claims.items()]
+    for (name, key), table in named_tables.items():
+        kind = "ablation" if (name, key) in of_ablations else "table"
         wanted.append((f"{name} {kind} {key}", table.experiments))
 
     selection: dict[str, tuple[Experiment, dict[str, None]]] = {}
@@ -100,7 +103,7 @@ def _named(kind: str, names: Iterable[str], known: Mapping[tuple[str, str], Any]
     return chosen
 
 
-# What became of them
+# Their state
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,8 @@ class Planned:
     """A wanted run.
 
     state: `finished`; `stale` (finished by other sources, to be run again); `half-trained`; `changed` (the same
-    experiment ran with other parameters); `missing`; `failed`. reason: the state in words.
-    seconds: expected training time of what is left, None where nothing is left or nothing is known.
-    rate: where `seconds` comes from.
+    experiment ran with other parameters); `missing`; `failed`. reason: the state in words. seconds: expected time of
+    the training that is left, None if nothing is left or nothing is known. rate: where `seconds` comes from.
     """
 
     experiment: Experiment
@@ -149,23 +151,19 @@ def plan(
 
 
 def records(root: Path, scales: Iterable[str]) -> dict[str, dict]:
-    """Run -> its metrics, or what was asked of it while it is unfinished; {} where neither can be read.
-
-    root: folder of runs. scales: whose runs are read.
-    """
+    """Run -> its metrics, or `experiment.json` of an unfinished run; {} if it cannot be read. scales: only these."""
     found = {}
     for folder in (folder for scale in sorted(scales) for folder in sorted(root.glob(f"*-{scale}-*"))):
         found[folder.name] = {}
         with contextlib.suppress(CorruptFile, OSError):
-            finished = (folder / "metrics.json").exists()
-            saved = runs.load_metrics(folder) if finished else read_json(folder / "experiment.json")
+            saved = runs.load_metrics(folder) if once.is_finished(folder) else read_json(folder / "experiment.json")
             found[folder.name] = saved if isinstance(saved, dict) else {}
     return found
 
 
 def _state(experiment: Experiment, folder: Path, records: Mapping[str, dict], stale: bool) -> tuple[str, str, float]:
     """State, reason, and the seconds of training that need not be repeated."""
-    if (folder / "metrics.json").exists():
+    if once.is_finished(folder):
         try:
             digest = runs.load_metrics(folder).get("provenance", {}).get("source_digest")
         except CorruptFile as error:
@@ -176,7 +174,7 @@ def _state(experiment: Experiment, folder: Path, records: Mapping[str, dict], st
             return STALE, f"code changed: sources {digest} -> {runs.source_digest()}", 0.0
         return FINISHED, OTHER_CODE, 0.0
     step, spent = _progress(folder)
-    if (folder / "failure.json").exists():
+    if (folder / once.FAILURE).exists():
         further = "" if step is None else f"; goes on at step {step}"
         return FAILED, f"failed: {_failure(folder)}{further}", spent
     if step is not None:
@@ -199,18 +197,16 @@ def _progress(folder: Path) -> tuple[int | None, float]:
 
 
 def _failure(folder: Path) -> str:
-    """`out of memory (attempt 2): CUDA out of memory`: what failure.json says, as far as it can be read."""
-    try:
-        said = read_json(folder / "failure.json")
-        message = str(said.get("message", "")).strip().splitlines()
-        attempt = f" (attempt {said['attempt']})" if said.get("attempt") else ""
-        return f"{said.get('class', 'unknown')}{attempt}{': ' + message[-1] if message else ''}"
-    except (CorruptFile, AttributeError, OSError):
+    """`out of memory (attempt 2): CUDA out of memory`: the content of failure.json."""
+    failure = once.read_failure(folder)
+    if failure is None:
         return "its failure.json cannot be read"
+    message = failure.message.strip().splitlines()
+    return f"{failure.kind} (attempt {failure.attempt}){': ' + message[-1] if message else ''}"
 
 
 def _changed(experiment: Experiment, run: str, records: Mapping[str, dict]) -> str:
-    """`lr 0.03 -> 0.01`: what differs from another run of the same experiment, whose recipe had other values."""
+    """`lr 0.03 -> 0.01`: how the recipe differs from that of another run of the same experiment; empty without one."""
     asked = record(experiment)
     wanted = _flat(asked["recipe"])
     for name, saved in records.items():
@@ -232,17 +228,19 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def samples(recipe: Mapping[str, Any]) -> float:
-    """A measure of work: steps times the images of a step. Of recipes of one method only ratios of it mean something,
-    since a method may use fewer streams of images or more stages than its recipe's fields say."""
+    """Relative work: steps x images per step.
+
+    Compare only recipes of one method, because methods differ in how many streams and stages they use.
+    """
     steps = recipe["steps"] + recipe.get("start_steps", 0)
     return steps * recipe["batch"] * (1 + recipe["unlabelled_ratio"])
 
 
 class Rates:
-    """Measured times of finished runs, and what follows from them for a run that is still to come."""
+    """Measured times of finished runs, and estimates from them."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """records: metrics of finished runs; anything else among them is left out."""
+        """records: metrics of finished runs; other values among them are ignored."""
         self.known: list[dict] = []
         for saved in records:
             with contextlib.suppress(KeyError, TypeError):
@@ -254,12 +252,12 @@ class Rates:
                 self.known.append({"asked": asked, "recipe": recipe, "samples": work, "on": device} | time)
 
     def seconds(self, experiment: Experiment) -> tuple[float | None, str]:
-        """Expected seconds of a whole run and where they come from.
+        """Expected seconds of a whole run and their origin.
 
-        In this order: finished runs here of the same recipe and data; of the same method, data and scale, by their
-        images a second; committed runs of the same cell, else of the same method; a guess. At scale `paper` only
-        runs with CUDA count, by images a second while training the same method and network (a short run tells; time
-        to evaluate is left out), and nothing is guessed.
+        The first that exists counts: finished runs here of the same recipe and data; of the same method, data and
+        scale, by images a second; committed runs of the same cell, else of the same method; a guess. At scale `paper`
+        only runs with CUDA of the same method and network count, by images a second while training (a short run is
+        enough; time to evaluate is left out), and nothing is guessed.
         """
         recipe = record(experiment)["recipe"]
         if experiment.scale == "paper":
@@ -274,8 +272,8 @@ class Rates:
         same = [run for run in like if (run["asked"]["labels"], run["recipe"]) == (experiment.labels, recipe)]
         if same or like:
             return _scaled(same or like, recipe), HERE
-        committed = _committed(COMMITTED_RUNS)
-        cell = committed[(committed[list(names)] == [getattr(experiment, name) for name in names]).all(axis=1)]
+        known = _committed(committed.COMMITTED_RUNS)
+        cell = known[(known[list(names)] == [getattr(experiment, name) for name in names]).all(axis=1)]
         exact = cell[cell["overrides"] == json.dumps(dict(experiment.overrides))]
         if len(cell):
             return float((exact if len(exact) else cell)["train_seconds"].mean()), COMMITTED
@@ -289,7 +287,7 @@ def _scaled(like: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], time: 
 @functools.lru_cache(maxsize=4)
 def _committed(path: Path) -> pd.DataFrame:
     """The committed runs, one row each; empty where there are none."""
-    frame = load_runs(path)
+    frame = committed.load_runs(path)
     if frame.empty:
         return pd.DataFrame(columns=["method", "data", "scale", "overrides", "train_seconds"])
     return frame.assign(train_seconds=pd.to_numeric(frame["train_seconds"])).dropna(subset="train_seconds")
@@ -297,11 +295,11 @@ def _committed(path: Path) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a plan comes to.
+    """The sum of a plan.
 
     todo, of: runs. states: number of runs by state. other_code: finished runs that other sources made.
-    seconds: training time of the runs to do as far as it is known; wall: with `workers` at a time.
-    rates: number of runs to do by where their time comes from. unknown: methods without a known time.
+    seconds: training time of the runs to do, where known; wall: with `workers` at a time.
+    rates: number of runs to do by the origin of their time. unknown: methods without a known time.
     """
 
     todo: int

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from repro.experiment import Experiment
 from repro.files import HISTORY
-from repro.grid import place
+from repro.grid import column_of
 
 BAR = "{percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left"
 TAIL_BYTES = 20_000  # of a history: more than its longest row
@@ -105,7 +105,7 @@ def steps_done(folder: Path) -> int:
 def title(experiment: Experiment) -> str:
     """A short name of an experiment for people."""
     changed = "".join(f", {name}={value}" for name, value in experiment.overrides)
-    budget = place(experiment).budget
+    budget = column_of(experiment).budget
     return f"{experiment.method} on {experiment.data}, {budget}, seed {experiment.seed}{changed}"
 
 

@@ -1,7 +1,6 @@
-"""The main job: what runs, in what order, and what is written from it.
+"""The main job: the runs of `plan.select(main=True)`, then the report, then the commands for the other runs.
 
-Embedded data only, offline: the runs that `plan.select(main=True)` names, then tables, figures and the HTML report, and
-what was left out. A second call finds everything done; a killed one continues.
+It needs embedded data only, and no network. A second call finds everything done; a killed one continues.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,8 +11,6 @@ from repro.batch import plan, records, report
 from repro.batch.execute import execute
 from repro.experiment import Experiment
 from repro.grid import PAPERS
-from repro.recipe import SCALES
-from repro.settings import SettingError, unknown
 
 VERDICT_SEEDS = 5  # no claim gets a verdict from fewer
 
@@ -24,14 +21,10 @@ def reproduce(
     """Run the main job; returns the exit status: 0, or 1 when a run failed (the report then shows `not run` there).
 
     scale: `tiny`, `mini` or `paper`. seeds: how many, from 0. workers: runs at a time, 0 for one a core.
-    root: folder of runs. Figures and tables stand in the report; those of a `mini` job in the usual folder also go to
-    the checkout's `figures/rendered/`, unless runs that are committed there would be dropped.
+    root: folder of runs. A `mini` job in the usual folder also renews the checkout's `figures/rendered/`, unless runs
+    that are committed there would be dropped.
     """
-    if scale not in SCALES:
-        raise unknown("scale", scale, SCALES)
-    if seeds < 1:
-        raise SettingError(f"seeds is {seeds}; it must be at least 1")
-    root, numbers = Path(root or runs.runs_folder()), tuple(range(seeds))
+    root, numbers = Path(root or runs.runs_folder()), plan.first_seeds(seeds)
     selection = plan.select(main=True, scale=scale, seeds=numbers)
     print(
         f"main job: {len(selection)} runs at scale {scale}, seeds {', '.join(map(str, numbers))}, {', '.join(PAPERS)}",
@@ -48,7 +41,7 @@ def reproduce(
 
 
 def left_out(experiments: Collection[Experiment], scale: str, seeds: Sequence[int], root: Path) -> list[str]:
-    """What the main job leaves out of all tables, ablations and claims, and the commands that run it, as lines.
+    """Lines: how many runs of all tables, ablations and claims the main job leaves out, and the commands for them.
 
     experiments: of the main job, as `plan.select` gives them.
     """

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,8 +11,8 @@ import pytest
 import torch
 
 from repro import runs
-from repro.batch import execute, once, snakemake
-from repro.batch.execute import Summary, alone, visible_gpus
+from repro.batch import execute, once
+from repro.batch.execute import Summary, visible_gpus
 from repro.batch.plan import STALE, plan
 from repro.experiment import record
 from repro.files import write_json
@@ -27,7 +26,7 @@ PYTHON = sys.executable
 @pytest.fixture
 def batch(tmp_path, monkeypatch):
     """Run a batch whose jobs are a shell script: `$run` is the run's folder, `$attempt` the number of the attempt."""
-    notebooks = small_notebooks.plain(tmp_path / "notebooks")
+    notebook = small_notebooks.plain(tmp_path / "notebooks")
     root = tmp_path / "runs"
 
     def batch(body, experiments=(TINY,), state="", **how):
@@ -43,8 +42,8 @@ def batch(tmp_path, monkeypatch):
         script.chmod(0o755)
         monkeypatch.setattr(execute.sys, "executable", str(script))
         planned = plan(dict.fromkeys(experiments, ("test",)), root)
-        how = {"engine": "sequential", "workers": 1, "device": "cpu", "notebooks": notebooks} | how
-        return execute.rerun(planned, root, **how)
+        how = {"engine": "local", "workers": 1, "device": "cpu", "notebook": notebook} | how
+        return execute.execute(planned, root, **how)
 
     batch.root = root
     return batch
@@ -84,7 +83,7 @@ def test_finished_runs_are_left_alone_and_one_run_is_run_once(batch, capsys):
     assert (runs.folder_of(TINY, batch.root) / "times").read_text() == "x\n"
     assert (before / "metrics.json").stat().st_mtime_ns == stamp
     printed = capsys.readouterr().out
-    assert printed.startswith("1 runs to do, 1 finished before; 1 at a time; training takes about 0:05 (sequential)\n")
+    assert printed.startswith("1 runs to do, 1 finished before; one at a time; about 0:05 from what ")
     assert "1 of 1: supervised on fashion, 100 labels, seed 0" in printed and "error 25.00 %" in printed
     assert printed.endswith("1 finished, 1 finished before, 0 failed\n")
 
@@ -97,7 +96,9 @@ def test_one_that_fails_stops_no_other_and_the_summary_names_its_class(batch, ca
     summary = batch(body, [TINY, *others], workers=2)
     assert set(summary.finished) == set(others) and summary.exit_status == 1
     assert summary.failed == [(TINY, "bug", "line\nIndexError: 3")]
-    table = capsys.readouterr().out.split("2 finished, 0 finished before, 1 failed\n\n")[1].splitlines()
+    printed = capsys.readouterr().out
+    table = printed.split("2 finished, 0 finished before, 1 failed\n\n")[1].splitlines()
+    assert ", about 0:05 left] 1 of 3: " in printed and "] 3 of 3: " in printed
     assert table[0].split() == ["class", "run", "last", "line"]
     assert table[1].startswith("bug    supervised on fashion") and table[1].endswith("  IndexError: 3")
 
@@ -119,11 +120,11 @@ def test_a_second_attempt_that_succeeds_leaves_no_failure(batch):
 @pytest.mark.parametrize(
     ("body", "kind", "text"),
     [
-        ("kill -9 $$", "dead kernel", "its process ended with status -9 and said nothing"),
-        ("kill -15 $$", "preempted", "its process ended with status -15 and said nothing"),
+        ("kill -9 $$", "dead kernel", "its process ended with status -9 and printed nothing"),
+        ("kill -15 $$", "preempted", "its process ended with status -15 and printed nothing"),
         ("echo Traceback; echo 'ValueError: x'; exit 1", "bug", "Traceback\nValueError: x"),
-        ("exit 0", "bug", "its process ended with status 0 and said nothing"),
-        ("touch $run/running.ipynb; exit 2", "bad input", "its process ended with status 2 and said nothing"),
+        ("exit 0", "bug", "its process ended with status 0 and printed nothing"),
+        ("touch $run/running.ipynb; exit 2", "bad input", "its process ended with status 2 and printed nothing"),
     ],
 )
 def test_a_process_that_left_no_word_is_classified_by_its_end(batch, body, kind, text):
@@ -189,8 +190,8 @@ def test_a_stale_run_is_executed_anew_and_its_former_results_are_kept(batch):
     batch("exit 3")  # writes the script; without --stale the run is skipped
     for number in (1, 2):
         finish(batch.root, TINY)
-        execute.rerun([planned], batch.root, engine="sequential", device="cpu", retries=0,
-                    notebooks=batch.root.parent / "notebooks")  # fmt: skip
+        execute.execute([planned], batch.root, engine="local", device="cpu", retries=0,
+                    notebook=batch.root.parent / "notebooks" / "run.ipynb")  # fmt: skip
         assert not once.is_finished(folder)
         assert (batch.root / "replaced" / f"{folder.name}-{number}" / "metrics.json").exists()
     assert (batch.root / "replaced" / f"{folder.name}-1" / "weights.safetensors").read_text() == "old"
@@ -199,13 +200,13 @@ def test_a_stale_run_is_executed_anew_and_its_former_results_are_kept(batch):
 @pytest.mark.parametrize(
     ("how", "text"),
     [
-        ({"engine": "make"}, "'make' .*known: auto, sequential, snakemake"),
+        ({"engine": "make"}, "'make' .*known: auto, local, snakemake"),
         ({"workers": -1}, "workers is -1; it must be a whole number from 0"),
         ({"retries": 1.5}, "retries is 1.5"),
         ({"time_limit": 0.0}, "seconds above 0"),
         ({"device": "abacus"}, "unknown device 'abacus'"),
         ({"profile": "slurm"}, "profile 'slurm' needs Snakemake"),
-        ({"notebooks": snakemake.HERE}, "has no commatch.ipynb"),
+        ({"notebook": execute.HERE / "no.ipynb"}, "there is no .*no.ipynb; batches need a checkout"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(batch, how, text):
@@ -214,28 +215,19 @@ def test_wrong_settings_are_refused_before_anything_is_written(batch, how, text)
     assert not batch.root.exists()
 
 
-def test_without_snakemake_the_plain_engine_runs_and_a_profile_says_what_to_install(batch, monkeypatch, capsys):
+def test_the_quickest_run_comes_first_then_the_longest():
+    jobs = [execute.Job(TINY.with_(seed=seed), execute.HERE, (), seconds)
+            for seed, seconds in enumerate((30.0, 5.0, 90.0, 30.0, 60.0))]  # fmt: skip
+    assert [job.experiment.seed for job in execute.ordered(jobs)] == [1, 2, 4, 0, 3]
+    assert execute.ordered([]) == [] and execute.ordered(jobs[:1]) == jobs[:1]
+    assert execute.wall_seconds(jobs, 2) == 107.5 and execute.wall_seconds(jobs, 9) == 90.0
+
+
+def test_without_snakemake_the_local_pool_runs_and_a_profile_says_what_to_install(batch, monkeypatch):
     monkeypatch.setattr(execute.importlib.util, "find_spec", lambda name: None)
     assert batch(finishing(TINY), engine="auto").finished == [TINY]
-    assert "(sequential)" in capsys.readouterr().out
     with pytest.raises(SettingError, match="Snakemake is not installed; pip install"):
         batch("", engine="snakemake")
-
-
-def test_a_second_batch_is_told_who_is_busy(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from repro.batch.execute import alone\n"
-         "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)", str(tmp_path)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(runs.RunBusy, match=rf"being rerun by process {holder.pid} on .+ since .+; wait for it"):
-        with alone(tmp_path):
-            raise AssertionError
-    holder.kill()
-    holder.wait()
-    with alone(tmp_path):
-        pass
 
 
 def test_the_summary_of_notes():
@@ -264,7 +256,7 @@ Error in rule run:
 
 
 def test_what_a_cluster_says_of_its_jobs():
-    found = snakemake.failures_in_log("Building DAG\n" + LOG.format(folder="/a folder"))
+    found = execute.failures_in_log("Building DAG\n" + LOG.format(folder="/a folder"))
     assert {run: failure.kind for run, failure in found.items()} == {
         "supervised-a": "out of memory", "csl-b": "time limit", "pcre-c": "dead kernel",
     }  # fmt: skip
@@ -272,8 +264,8 @@ def test_what_a_cluster_says_of_its_jobs():
 
 
 def test_profiles_by_name_and_by_folder(tmp_path):
-    assert snakemake.profile_folder("slurm") == snakemake.HERE / "slurm"
+    assert execute.profile_folder("slurm") == execute.PROFILES / "slurm"
     (tmp_path / "config.yaml").write_text("cores: 1\n")
-    assert snakemake.profile_folder(str(tmp_path)) == tmp_path
+    assert execute.profile_folder(str(tmp_path)) == tmp_path
     with pytest.raises(SettingError, match="neither one of kubernetes, slurm nor a folder with config.yaml"):
-        snakemake.profile_folder("lsf")
+        execute.profile_folder("lsf")

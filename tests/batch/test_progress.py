@@ -7,6 +7,7 @@ import pytest
 
 from repro.batch import progress
 from repro.batch.progress import StepBar, is_watched
+from repro.experiment import Experiment
 
 NAMES = ("REPRO_PROGRESS", "CI", "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")
 
@@ -71,3 +72,29 @@ def test_an_unwatched_bar_prints_nothing(monkeypatch, capfd):
     bar = StepBar("commatch")
     bar(2, 2, row(2, supervised=1.0))
     assert capfd.readouterr() == ("", "")
+
+
+def test_titles_and_clocks():
+    quick = Experiment("commatch", "supervised", "fashion", 100, 0, "tiny", {"steps": 1, "batch": 2})
+    assert progress.title(quick) == "supervised on fashion, 100 labels, seed 0, batch=2, steps=1"
+    assert progress.title(Experiment("csl", "csl", "scenes", 20)) == "csl on scenes, 20 masks, seed 0"
+    assert [progress.clock(s) for s in (0, 0.4, 59.6, 61, 3599, 3600, 90_061)] == [
+        "0:00", "0:00", "1:00", "1:01", "59:59", "1:00:00", "25:01:01",
+    ]  # fmt: skip
+
+
+def test_the_bar_of_a_batch_moves_while_runs_train(tmp_path, monkeypatch):
+    """Two runs of 6 and 4 expected seconds; the first stands at half of its steps, with half a line written."""
+    monkeypatch.setenv("REPRO_PROGRESS", "1")
+    monkeypatch.setattr(progress, "tqdm", __import__("tqdm").tqdm)
+    experiment = Experiment("commatch", "supervised", "fashion", 100, 0, "tiny", {"steps": 20})
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    (first / "history.jsonl").write_text('{"step": 5}\n{"step": 10}\n{"step": 1')
+    with progress.BatchBar([(experiment, first, 6.0), (experiment, second, 4.0)]) as bar:
+        bar.look()
+        assert bar.bar.n == 3.0
+        bar.ended(second)
+        assert bar.bar.n == 7.0
+        bar.ended(first)
+        assert bar.bar.n == bar.bar.total == 10

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from repro import runs
-from repro.batch import snakemake
-from repro.batch.execute import rerun
+from repro.batch.execute import PROFILES, execute
 from repro.batch.plan import plan
 from tests import small_notebooks
 from tests.small_notebooks import TINY
@@ -92,12 +91,12 @@ def test_runs_go_to_kubernetes_and_leave_their_results_on_the_volume(api, tmp_pa
     root, profile = tmp_path / "runs", tmp_path / "profile"
     root.mkdir()
     profile.mkdir()
-    text = (snakemake.HERE / "kubernetes" / "config.yaml").read_text()
+    text = (PROFILES / "kubernetes" / "config.yaml").read_text()
     (profile / "config.yaml").write_text(text.replace("/runs", str(root)))
-    notebooks = small_notebooks.training(tmp_path / "notebooks")
+    notebook = small_notebooks.training(tmp_path / "notebooks")
     diverging = TINY.with_(lr=1e30, steps=30)
     planned = plan(dict.fromkeys((TINY, diverging), ("test",)), root)
-    summary = rerun(planned, root, profile=str(profile), device="cpu", notebooks=notebooks, retries=0)
+    summary = execute(planned, root, profile=str(profile), device="cpu", notebook=notebook, retries=0)
     log = (root / ".batch" / "snakemake.log").read_text()
     assert summary.finished == [TINY], log
     assert [(experiment, kind) for experiment, kind, _ in summary.failed] == [(diverging, "bad input")]
@@ -110,5 +109,5 @@ def test_runs_go_to_kubernetes_and_leave_their_results_on_the_volume(api, tmp_pa
     (container,) = next(iter(api.values()))["asked"]["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "registry.example/repro:latest" and len(api) == 2
     assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/workdir", str(root)}
-    again = rerun(plan({TINY: ("test",)}, root), root, profile=str(profile), device="cpu", notebooks=notebooks)
+    again = execute(plan({TINY: ("test",)}, root), root, profile=str(profile), device="cpu", notebook=notebook)
     assert again.skipped == [TINY] and len(api) == 2

@@ -16,7 +16,7 @@ import pytest
 
 from repro import runs
 from repro.batch import once
-from repro.batch.execute import rerun
+from repro.batch.execute import execute
 from repro.batch.plan import plan
 from tests import small_notebooks
 from tests.small_notebooks import TINY
@@ -114,11 +114,11 @@ if seed == 1 and not marker.exists():
 @pytest.mark.timeout(1200)
 def test_runs_go_to_slurm_and_come_back_with_their_failure_classes(slurm, tmp_path, capfd):
     """Of three runs one is finished, one cancelled by the cluster and run again, and one diverges."""
-    notebooks = small_notebooks.training(tmp_path / "notebooks", before=(CANCELLED_ONCE,))
+    notebook = small_notebooks.training(tmp_path / "notebooks", before=(CANCELLED_ONCE,))
     good, cancelled, diverging = TINY, TINY.with_(seed=1), TINY.with_(lr=1e30, steps=30)
     root = tmp_path / "runs"
     planned = plan(dict.fromkeys((good, cancelled, diverging), ("test",)), root)
-    summary = rerun(planned, root, profile="slurm", workers=2, device="cpu", retries=1, notebooks=notebooks)
+    summary = execute(planned, root, profile="slurm", workers=2, device="cpu", retries=1, notebook=notebook)
     log = (root / ".batch" / "snakemake.log").read_text()
     assert set(summary.finished) == {good, cancelled}, log
     assert [(experiment, kind) for experiment, kind, _ in summary.failed] == [(diverging, "bad input")]
@@ -131,7 +131,7 @@ def test_runs_go_to_slurm_and_come_back_with_their_failure_classes(slurm, tmp_pa
     assert not (runs.folder_of(diverging, root) / "notebook.ipynb").exists()
 
     before = {path: path.stat().st_mtime_ns for path in root.glob("*/metrics.json")}
-    again = rerun(plan(dict.fromkeys((good, cancelled), ("test",)), root), root, profile="slurm", notebooks=notebooks)
+    again = execute(plan(dict.fromkeys((good, cancelled), ("test",)), root), root, profile="slurm", notebook=notebook)
     assert set(again.skipped) == {good, cancelled} and again.exit_status == 0
     assert {path: path.stat().st_mtime_ns for path in root.glob("*/metrics.json")} == before
 

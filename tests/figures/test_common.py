@@ -6,8 +6,7 @@ import pytest
 import torch
 from matplotlib.collections import PolyCollection
 
-from figures import common, labels, style
-from figures.report import content
+from figures import common, desk, labels, style
 from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
 from repro.grid import PAPERS, Column
@@ -206,9 +205,9 @@ def test_every_method_of_every_paper_has_a_style_of_its_own():
 
 
 def test_every_paper_has_figures_and_their_names_are_unique(tmp_path):
-    assert set(content.FIGURES) == set(PAPERS)
+    assert set(desk.FIGURES) == set(PAPERS)
     write_run(tmp_path, COMMATCH)
-    for draw in content.FIGURES.values():
+    for draw in desk.FIGURES.values():
         names = [name for name, _, _ in draw("tiny", (0,), tmp_path)]
         assert len(set(names)) == len(names)
-    assert "instability" in [name for name, _, _ in content.FIGURES["commatch"]("tiny", (0,), tmp_path)]
+    assert "instability" in [name for name, _, _ in desk.FIGURES["commatch"]("tiny", (0,), tmp_path)]

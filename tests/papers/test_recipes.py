@@ -93,7 +93,8 @@ def test_paper_recipes_of_few_masks_have_the_published_numbers(
         for masks, unlabelled in budgets.items():
             recipe = resolved("csl", method, data, masks, "paper")
             assert masks + unlabelled == recipes.MASK_TRAINING[data] == max(MASK_SOURCES[data].counts.values())
-            assert fields(recipe, "crop", "lr", "head_factor", "labelled_loss", "window") == (crop, lr, head, loss, window)
+            stated = (crop, lr, head, loss, window)
+            assert fields(recipe, "crop", "lr", "head_factor", "labelled_loss", "window") == stated
             assert fields(recipe, "batch", "unlabelled_ratio") == (8, 1)
             assert fields(recipe, "steps", "epoch_steps") == (unlabelled // 8 * epochs, unlabelled // 8)
             assert recipe.eval_every == recipe.checkpoint_every == recipe.epoch_steps, "once an epoch"
@@ -101,7 +102,9 @@ def test_paper_recipes_of_few_masks_have_the_published_numbers(
             assert fields(
                 recipe, "network", "weights", "scale_low", "scale_high", "optimiser", "momentum", "nesterov",
                 "weight_decay", "schedule", "warmup_steps", "ema", "precision",
-            ) == ("resnet101s", "pretrained", 0.5, 2.0, "sgd", 0.9, False, 1e-4, "poly-0.9", 0, 0.0, "bf16")  # fmt: skip
+            ) == (
+                "resnet101s", "pretrained", 0.5, 2.0, "sgd", 0.9, False, 1e-4, "poly-0.9", 0, 0.0, "bf16",
+            )  # fmt: skip
             if method in ("fixmatch", "unimatch"):
                 assert recipe.method.threshold == (0.0 if data == "cityscapes" else 0.95)
             else:
@@ -229,8 +232,8 @@ KINDS = [
 def test_small_scales_change_sizes_lengths_and_what_counts_pixels(
     paper, method, data, labels, large, budget, sizes, own
 ):
-    published, mini, tiny = (resolved(paper, method, *where, scale) for where, scale in
-                             (((large, budget), "paper"), ((data, labels), "mini"), ((data, labels), "tiny")))  # fmt: skip
+    published = resolved(paper, method, large, budget, "paper")
+    mini, tiny = (resolved(paper, method, data, labels, scale) for scale in ("mini", "tiny"))
     for small in (mini, tiny):
         assert differences(small, published) <= sizes
         assert differences(small.method, published.method) <= own
@@ -302,7 +305,7 @@ def test_any_number_of_scenes_can_be_shown():
         ("trust_region", "full", "scenes", 30, {"batch": 1}, "the pyramid's pooled branch needs at least 2"),
         ("trust_region", REGION[1], "scenes", 30, {"downscale": 65}, "blocks must not be larger than the crop, 64"),
         ("trust_region", REGION[1], "scenes", 30, {"neighbours": 6}, "neighbours is 6; allowed: 4, 8"),
-        ("trust_region", REGION[1], "scenes", 30, {"relaxation": "tv"}, "unknown setting of robust_trust_region 'relax"),
+        ("trust_region", REGION[1], "scenes", 30, {"relaxation": "tv"}, "unknown setting of robust_trust_region"),
         *((paper, method, "scenes", labels, {"scale": "paper"}, "scenes have no published setting: use scale mini")
           for paper, method, labels in (("csl", "csl", 20), ("pcre", "pcre", 500), ("trust_region", "full", 30))),
     ],

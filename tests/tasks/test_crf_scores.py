@@ -11,7 +11,7 @@ from repro.data.mask_views import MaskViews
 from repro.measure.segmentation import confusion
 from repro.solvers.crf import CRF, dense_crf
 from repro.tasks import tags as crf_scores
-from repro.tasks.tags import Protocol, protocol_counts, protocol_scores, inference_of, protocol_of
+from repro.tasks.tags import Protocol, inference_of, protocol_counts, protocol_of, protocol_scores
 
 K = 4
 CRFS = CRF(1.0, 1.0, 4.0, 6.0, 30.0, 3)

@@ -6,10 +6,8 @@ import math
 import pytest
 from matplotlib.colors import to_rgba
 
-from figures import across as figures
-from figures import style
-from figures.report import across
-from figures.report.across import FULL, PIXELS, TAGGED, Effort, Point
+from figures import across, effort, style
+from figures.effort import FULL, PIXELS, TAGGED, Effort, Point
 from figures.tables import Summary
 from repro.data.masks import IGNORE
 from repro.data.scenes import scenes
@@ -36,39 +34,37 @@ def train():
 
 
 def test_masks_count_every_pixel_of_the_shown_images():
-    effort = across.count("few masks", 10, 3, IMAGES, SIDE, 1)
-    assert effort == Effort(PIXELS, 10 * SIDE**2 / IMAGES, 10, IMAGES) and effort.say() == "1,024.0 labelled pixels"
-    assert across.count(FULL, 0, 0, IMAGES, SIDE, 1) == Effort(PIXELS, SIDE**2, IMAGES, IMAGES)
+    found = effort.count("few masks", 10, 3, IMAGES, SIDE, 1)
+    assert found == Effort(PIXELS, 10 * SIDE**2 / IMAGES, 10, IMAGES) and found.say() == "1,024.0 labelled pixels"
+    assert effort.count(FULL, 0, 0, IMAGES, SIDE, 1) == Effort(PIXELS, SIDE**2, IMAGES, IMAGES)
 
 
 def test_scribbles_count_marked_pixels(train):
     for length, width in ((0, 1), (30, 1), (100, 3)):
         drawn = [scribbles_of(mask.numpy(), length / 100, width) for mask in train.masks]
         marked = [int((scribbles != IGNORE).sum()) for scribbles in drawn]
-        effort = across.count("scribbles", length, 0, IMAGES, SIDE, width)
-        assert effort.per_image * IMAGES == pytest.approx(sum(marked), abs=1e-9) and effort.unit == PIXELS
-        assert effort.marked == sum(map(bool, marked)) == IMAGES
+        found = effort.count("scribbles", length, 0, IMAGES, SIDE, width)
+        assert found.per_image * IMAGES == pytest.approx(sum(marked), abs=1e-9) and found.unit == PIXELS
+        assert found.marked == sum(map(bool, marked)) == IMAGES
 
 
 def test_tags_count_classes_of_the_shown_images(train):
     tags = [len(set(mask.unique().tolist()) - {0}) for mask in train.masks]
-    everything = across.count("image tags", IMAGES, 0, IMAGES, SIDE, 1)
+    everything = effort.count("image tags", IMAGES, 0, IMAGES, SIDE, 1)
     assert (everything.unit, everything.marked) == (TAGGED, IMAGES)
     assert everything.per_image == pytest.approx(sum(tags) / IMAGES, rel=1e-6)
-    few = [across.count("image tags", 8, seed, IMAGES, SIDE, 1) for seed in (0, 1)]
+    few = [effort.count("image tags", 8, seed, IMAGES, SIDE, 1) for seed in (0, 1)]
     assert [one.marked for one in few] == [8, 8] and 8 / IMAGES <= few[0].per_image < everything.per_image
-    assert min(tags) >= 1
 
 
 def test_effort_follows_the_recipe_of_an_experiment():
-    masks = across.effort_of(Experiment("csl", "unimatch", "scenes", 20, 0, "tiny"))
-    assert masks.per_image == 20 * SIDE**2 / IMAGES
+    assert effort.effort_of(Experiment("csl", "unimatch", "scenes", 20, 0, "tiny")).per_image == 20 * SIDE**2 / IMAGES
     scribbled, full = (
-        across.effort_of(Experiment("trust_region", method, "scenes", 30, 0, "tiny")) for method in ("adm", "full")
+        effort.effort_of(Experiment("trust_region", method, "scenes", 30, 0, "tiny")) for method in ("adm", "full")
     )
     assert 0 < scribbled.per_image < SIDE**2 / 10 and full.per_image == SIDE**2
     with pytest.raises(ValueError, match="cifar10"):
-        across.effort_of(Experiment("commatch", "fixmatch", "cifar10", 40, 0, "paper"))
+        effort.effort_of(Experiment("commatch", "fixmatch", "cifar10", 40, 0, "paper"))
 
 
 # Points
@@ -91,65 +87,53 @@ def root(tmp_path):
 
 
 def test_a_point_for_each_row_and_budget_and_one_for_full_supervision(root):
-    points = across.supervised("tiny", (0, 1), root)
+    points = effort.supervised("tiny", (0, 1), root)
     rows = {paper: len(PAPERS[paper].TABLES["main"].rows) for paper in ("csl", "pcre", "trust_region")}
     assert len(points) == 3 * rows["csl"] + rows["pcre"] + 5 * (rows["trust_region"] - 1) + 1
-    by_name = {(point.kind, point.name): point for point in points}
-    masks = by_name["few masks", "CSL, 20 masks"]
-    assert masks.metrics["miou"] == Summary(pytest.approx(0.55), pytest.approx(0.1 / math.sqrt(2)), 2)
+    by_name = {(point.kind, f"{point.label}, {point.budget}"): point for point in points}
+    half = pytest.approx(0.1 / math.sqrt(2))
+    assert by_name["few masks", "CSL, 20 masks"].metrics["miou"] == Summary(pytest.approx(0.55), half, 2)
     tags = by_name["image tags", "PCRE, 500 tagged images"]
     assert tags.metrics["miou"] == Summary(0.4, None, 1) and tags.metrics["ece_15"].n == 0 and tags.planned == 2
     assert by_name["scribbles", "Grid-GD, scribble length 100 %"].metrics["miou"].mean == 0.45
     full = points[-1]
     assert (full.kind, full.budget, full.planned, len(full.finished)) == (FULL, "all masks", 2, 2)
-    assert full.metrics["miou"] == Summary(pytest.approx(0.7), pytest.approx(0.1 / math.sqrt(2)), 2)
+    assert full.metrics["miou"] == Summary(pytest.approx(0.7), half, 2)
     assert sum(bool(point.finished) for point in points) == 4
-
-
-def test_tables_say_what_is_not_run_and_how_much_was_marked(root):
-    points = across.supervised("tiny", (0, 1), root)
-    frame = across.supervision_frame(points).set_index(["method", "budget"])
-    row = frame.loc[("CSL", "20 masks")]
-    assert row.tolist() == ["few masks", "2,048.0 labelled pixels", "20 of 40", "55.00 ± 7.07 (n = 2)",
-                            "5.00 ± 7.07 (n = 2)"]  # fmt: skip
+    frame = effort.supervision_frame(points).set_index(["method", "budget"])
+    assert frame.loc[("CSL", "20 masks")].tolist() == [
+        "few masks", "2,048.0 labelled pixels", "20 of 40", "55.00 ± 7.07 (n = 2)", "5.00 ± 7.07 (n = 2)",
+    ]  # fmt: skip
     assert frame.loc[("CSL", "10 masks"), "mIoU (%)"] == "not run"
     assert frame.loc[("PCRE", "500 tagged images")].tolist()[-2:] == ["40.00 (n = 1 of 2)", "undefined"]
-    assert frame.loc[("Full supervision", "all masks"), "mIoU (%)"] == "70.00 ± 7.07 (n = 2)"
-    settings = across.settings_frame(points).set_index("paper")
-    assert settings.loc["CSL", "network"] == "resnet-mini" and settings.loc["PCRE", "network"] == "vit-mini"
-    assert settings.loc["Robust Trust Region", "learns from"] == "scribbles, full supervision"
-    assert settings.loc["CSL", "images a step"] == "4 + 4" and settings.loc["Robust Trust Region", "steps"] == "3 + 3"
-
-
-def test_there_are_no_scenes_at_paper_scale():
-    assert across.supervised("paper", (0,)) == []
-    section = across.sections("paper", (0,))[0]
-    assert "no recipes at scale paper" in section["texts"][0] and not section["figures"] and not section["tables"]
+    (folder_of(Experiment("csl", "csl", "scenes", 20, 1, "tiny"), root) / "metrics.json").unlink()
+    masks = next(
+        point for point in effort.supervised("tiny", (0, 1), root) if (point.label, point.budget) == ("CSL", "20 masks")
+    )
+    assert masks.metrics["miou"].n == len(masks.finished) == 1, "points read saved runs only"
+    assert effort.supervised("paper", (0,)) == []
     with pytest.raises(SettingError, match="scale"):
-        across.supervised("huge", (0,))
+        effort.supervised("huge", (0,))
 
 
 def test_classifiers_are_counted_once_and_at_one_budget(tmp_path):
-    for number, item in enumerate(
-        [*commatch.main_experiments("mini", (0, 1)), *calibratemix.main_experiments("mini", (0,))]
-    ):
+    items = [
+        *PAPERS["commatch"].main_experiments("mini", (0, 1)),
+        *PAPERS["calibratemix"].main_experiments("mini", (0,)),
+    ]
+    for number, item in enumerate(items):
         write_run(item, tmp_path, error=0.3 - 0.01 * number, accuracy=0.7 + 0.01 * number, ece_15=0.1)
-    points = across.classified("mini", (0, 1), tmp_path)
+    points = effort.classified("mini", (0, 1), tmp_path)
     labels = [point.label for point in points]
     assert len(set(labels)) == len(labels) and {"FixMatch", "ComMatch", "FlexMatch + CalibrateMix"} <= set(labels)
     runs = [run_id(item) for point in points for item in point.experiments]
     assert len(set(runs)) == len(runs)
     assert {(item.data, item.labels) for point in points for item in point.experiments} == {("fashion", 100)}
-    frame = across.calibration_frame(points).set_index("method")
+    frame = effort.calibration_frame(points).set_index("method")
     assert frame.loc["ComMatch"].tolist() == ["75.00 ± 2.83 (n = 2)", "25.00 ± 2.83 (n = 2)", "10.00 ± 0.00 (n = 2)"]
     assert set(frame.loc["UPS"]) == {"not run"}
-
-
-def test_a_method_under_two_recipes_says_whose():
-    points = across.classified("paper", (0,))  # FixMatch has another ratio of unlabelled images in each paper
-    labels = [point.label for point in points]
-    assert "FixMatch (ComMatch's recipe)" in labels and "FixMatch (CalibrateMix's recipe)" in labels
-    assert "ComMatch" in labels and len(set(labels)) == len(labels)
+    labels = [point.label for point in effort.classified("paper", (0,))]  # FixMatch has another ratio in each paper
+    assert {"FixMatch (ComMatch's recipe)", "FixMatch (CalibrateMix's recipe)", "ComMatch"} <= set(labels)
 
 
 # Figures
@@ -161,8 +145,7 @@ def marks(axes):
 
 
 def test_effort_figure_puts_tags_and_pixels_apart(root):
-    points = across.supervised("tiny", (0, 1), root)
-    figure = figures.effort(points)
+    figure = across.effort(effort.supervised("tiny", (0, 1), root))
     tags, pixels = figure.axes
     ((x, y),) = marks(tags)["image tags: PCRE (n = 1)"]
     assert y == pytest.approx(40) and 1 <= x <= 4
@@ -171,16 +154,16 @@ def test_effort_figure_puts_tags_and_pixels_apart(root):
     assert pixels.get_xscale() == "log" and tags.get_xscale() == "linear"
     levels = [line for axes in figure.axes for line in axes.lines if list(line.get_xdata()) == [0, 1]]
     assert [line.get_ydata()[0] for line in levels] == [pytest.approx(70)] * 2
-    said = texts(figure)
-    assert "tiny scale, seeds 0, 1, last evaluation, EMA weights" in said and "not run: 4 of few masks" in said
-    assert "tags per training image" in said and "labelled pixels per training image" in said
+    words = texts(figure)
+    assert "tiny scale, seeds 0, 1, last evaluation, EMA weights" in words and "not run: 4 of few masks" in words
+    assert "tags per training image" in words and "labelled pixels per training image" in words
 
 
 def test_methods_look_as_elsewhere_and_variants_are_hollow(root):
     item = Experiment("csl", "unimatch", "scenes", 20, 0, "tiny")
     for one in (item, item.with_(output_stride=8)):
         write_mask_run(one, root, figures=False, miou=0.5)
-    axes = figures.effort(across.supervised("tiny", (0,), root)).axes[1]
+    axes = across.effort(effort.supervised("tiny", (0,), root)).axes[1]
     found = {box.get_label(): box[0] for box in axes.containers}
     plain, stride = (found[f"few masks: {name} (n = 1)"] for name in ("UniMatch", "UniMatch, output stride 8"))
     look = style.style_of("unimatch")
@@ -195,12 +178,12 @@ def test_budgets_of_a_method_are_joined_in_order_of_effort():
               {"miou": Summary(n / 100, 0.01, n // 10), "ece_15": Summary(0.1, None, 2)}, 2, Effort(PIXELS, n, n, 40))
         for n in (40, 10, 20)
     ]  # fmt: skip
-    axes = figures.effort(points).axes[1]
-    assert marks(axes) == {"few masks: CSL (n = 1 to 4)": [[n, pytest.approx(n)] for n in (10, 20, 40)]}
-    assert "not run" in texts(figures.effort(points))  # the panel of tags
+    figure = across.effort(points)
+    assert marks(figure.axes[1]) == {"few masks: CSL (n = 1 to 4)": [[n, pytest.approx(n)] for n in (10, 20, 40)]}
+    assert "not run" in texts(figure)  # the panel of tags
 
 
-def test_calibration_figure_has_a_point_a_method():
+def test_calibration_figure_has_a_point_a_method(tmp_path):
     runs = tuple(Experiment("commatch", "fixmatch", seed=seed) for seed in (0, 1))
 
     def point(label, method, ece, accuracy, n=2):
@@ -208,34 +191,16 @@ def test_calibration_figure_has_a_point_a_method():
         return Point("X", label, method, "Fashion-MNIST part, 100 labels", runs, runs[:n], metrics, 2)
 
     points = [point("FixMatch", "fixmatch", 0.1, 0.7), point("UPS", "ups", 0.2, 0.6, n=1)]
-    none = dataclasses.replace(
-        points[0], label="UDA", finished=(), metrics=dict.fromkeys(points[0].metrics, Summary(None, None, 0))
-    )
-    figure = figures.calibration([*points, none])
-    (axes,) = figure.axes
-    assert marks(axes) == {
+    nothing = dict.fromkeys(points[0].metrics, Summary(None, None, 0))
+    none = dataclasses.replace(points[0], label="UDA", finished=(), metrics=nothing)
+    figure = across.calibration([*points, none])
+    assert marks(figure.axes[0]) == {
         "FixMatch (n = 2)": [[pytest.approx(10), pytest.approx(70)]],
         "UPS (n = 1)": [[pytest.approx(20), pytest.approx(60)]],
     }
-    said = texts(figure)
-    assert "not run: UDA" in said and "Fashion-MNIST part, 100 labels, mini scale, seeds 0, 1" in said
-    assert "ECE (%), 15 bins (lo, hi]" in said and "accuracy (%)" in said
-
-
-def test_without_runs_the_figures_say_so(tmp_path):
-    for section in across.sections("tiny", (0,), tmp_path):
-        ((_, _, figure),) = section["figures"]
-        assert "not run" in texts(figure)
-    assert not list(tmp_path.iterdir())  # nothing was trained or written
-
-
-def test_points_read_saved_runs_only(root):
-    folder = folder_of(Experiment("csl", "csl", "scenes", 20, 1, "tiny"), root)
-    (folder / "metrics.json").unlink()
-    masks = next(point for point in across.supervised("tiny", (0, 1), root) if point.name == "CSL, 20 masks")
-    assert masks.metrics["miou"].n == 1 and len(masks.finished) == 1
-
-
-def test_every_kind_of_supervision_on_scenes_is_covered():
-    assert {paper.BUDGET for paper in PAPERS.values() if "scenes" in paper.DATA} == set(across.KINDS)
-    assert {csl.BUDGET, pcre.BUDGET, trust_region.BUDGET} == set(across.KINDS)
+    words = texts(figure)
+    assert "not run: UDA" in words and "Fashion-MNIST part, 100 labels, mini scale, seeds 0, 1" in words
+    assert "ECE (%), 15 bins (lo, hi]" in words and "accuracy (%)" in words
+    for empty in (across.calibration([none]), across.effort(effort.supervised("tiny", (0,), tmp_path))):
+        assert "not run" in texts(empty)
+    assert not list(tmp_path.iterdir()), "nothing was trained or written"
