@@ -1,4 +1,4 @@
-"""Supervised: cross-entropy of the weak labelled view, and nothing else."""
+"""Supervised training, Pseudo-Label, Mean Teacher and UDA against loops in numpy."""
 
 import math
 
@@ -35,7 +35,7 @@ from tests.methods.few_labels.fakes import (
     view,
 )
 
-# supervised
+# Supervised
 
 
 def build_supervised():
@@ -61,7 +61,7 @@ def test_only_a_labelled_stream():
     assert index.tolist() == [3, 7] and size == 5
 
 
-# pseudo_label
+# Pseudo-Label
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_losses_of_a_step_of_pseudo_label(step, ramp):
     assert method.views.calls == [("weak", 4), ("weak", 8)]
 
 
-# mean_teacher
+# Mean Teacher
 
 
 def test_squared_error_by_loops_and_gradcheck():

@@ -1,4 +1,4 @@
-"""CalibrateMix's halves, partners, weights and mixed loss against loops and hand-computed cases."""
+"""CalibrateMix: halves, partners, mixed loss and whole steps against loops and hand-computed cases."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ from tests.methods.few_labels.fakes import (
     view,
 )
 
-# pairing
+# Pairs
 
 
 def test_halves_by_hand():
@@ -131,7 +131,7 @@ def test_mixed_loss_by_loops_and_gradcheck(kind):
     assert torch.autograd.gradcheck(lambda z: mixed_loss(z, target, kind), (z,))
 
 
-# calibratemix
+# Steps
 
 
 N = 12

@@ -1,4 +1,4 @@
-"""Margins and their running records against loops, closed forms and hand-computed cases."""
+"""Margins and their running records, sharpening, mixing and chunked forwards against loops and closed forms."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from repro.methods.few_labels.common import (
 )
 from tests.methods.few_labels.fakes import TinyNetwork, bn_state
 
-# margins
+# Margins
 
 
 SEEDS = st.integers(0, 10_000)
@@ -127,7 +127,7 @@ def test_a_million_margins_add_up():
     assert total.item() == 3e7 + 1 and visits.item() == 30_000_004
 
 
-# mixing
+# Mixing
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""FixMatch: selection and loss against loops in numpy."""
+"""FixMatch, FlexMatch, FreeMatch and SoftMatch: selection, state and losses against numpy over several steps."""
 
 import math
 from collections import Counter
@@ -37,7 +37,7 @@ from tests.methods.few_labels.fakes import (
     three_view_logits,
 )
 
-# fixmatch
+# FixMatch
 
 
 def test_pseudo_label_is_argmax_and_max_softmax_without_gradient():
@@ -105,7 +105,7 @@ def test_the_weak_view_teaches_but_is_not_taught():
     assert gradient[:12].abs().sum() == 0 and (gradient[12:].abs().sum(dim=1) > 0).all()
 
 
-# flexmatch
+# FlexMatch
 
 
 def counted_status(selected, classes, warmup):
@@ -192,7 +192,7 @@ def test_losses_of_a_step_of_flexmatch():
     assert all(gradient_reaches(term, method.network.parameters()) for term in losses.terms.values())
 
 
-# freematch
+# FreeMatch
 
 
 def normalised(ratio):
@@ -287,7 +287,7 @@ def test_losses_of_a_step_of_freematch():
     assert all(gradient_reaches(term, method.network.parameters()) for term in losses.terms.values())
 
 
-# softmatch
+# SoftMatch
 
 
 def test_weight_by_hand():

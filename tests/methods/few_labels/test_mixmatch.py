@@ -1,4 +1,4 @@
-"""MixMatch: guessed and sharpened targets, mixed losses, interleaving, batch-norm averages."""
+"""MixMatch and ReMixMatch: targets, mixed losses, rotations and batch-norm averages against numpy."""
 
 import copy
 
@@ -31,7 +31,7 @@ from tests.methods.few_labels.fakes import (
     view,
 )
 
-# mixmatch
+# MixMatch
 
 
 def test_guess_averages_views_without_trace():
@@ -92,7 +92,7 @@ def test_losses_of_a_step_of_mixmatch(interleave, copies, step, ramp):
         np.testing.assert_allclose(bn_state(method.network)[key], value, rtol=1e-5, atol=1e-7)
 
 
-# remixmatch
+# ReMixMatch
 
 
 def test_align_by_loops():
