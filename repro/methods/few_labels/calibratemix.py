@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repro.data.augment import Views
-from repro.methods.few_labels import fixmatch
 from repro.methods.few_labels.common import (
     Checked,
     WeakToStrong,
@@ -27,6 +26,17 @@ from repro.methods.few_labels.common import (
     last_of_each,
     margins,
     probabilities,
+)
+from repro.methods.few_labels.fixmatch import (
+    FixMatch,
+    FixMatchSettings,
+    FlexMatch,
+    FlexMatchSettings,
+    FreeMatch,
+    FreeMatchSettings,
+    SoftMatch,
+    SoftMatchSettings,
+    remember,
 )
 from repro.models.modes import held_statistics
 from repro.settings import hyper
@@ -104,10 +114,10 @@ def mixed_loss(logits: Tensor, target: Tensor, kind: str) -> Tensor:
 
 
 BASES: dict[str, type[WeakToStrong]] = {
-    "fixmatch": fixmatch.FixMatch,
-    "flexmatch": fixmatch.FlexMatch,
-    "softmatch": fixmatch.SoftMatch,
-    "freematch": fixmatch.FreeMatch,
+    "fixmatch": FixMatch,
+    "flexmatch": FlexMatch,
+    "softmatch": SoftMatch,
+    "freematch": FreeMatch,
 }
 
 
@@ -150,15 +160,15 @@ class CalibrateMixSettings(Checked):
         "one", "", "an index twice in a batch: one (released code; the last) or count", choices=("one", "count")
     )
     # Of the base; each is read by the bases that have it.
-    unlabelled_weight: float = of_base(fixmatch.FixMatchSettings, "unlabelled_weight")  # all
-    threshold: float = of_base(fixmatch.FixMatchSettings, "threshold")  # FixMatch, FlexMatch
-    threshold_warmup: bool = of_base(fixmatch.FlexMatchSettings, "threshold_warmup")
-    n_sigma: float = of_base(fixmatch.SoftMatchSettings, "n_sigma")
-    alignment: str = of_base(fixmatch.SoftMatchSettings, "alignment")
-    ema_p: float = of_base(fixmatch.SoftMatchSettings, "ema_p")  # SoftMatch, FreeMatch
-    fairness_weight: float = of_base(fixmatch.FreeMatchSettings, "fairness_weight")
-    statistic: str = of_base(fixmatch.FreeMatchSettings, "statistic")
-    clip: str = of_base(fixmatch.FreeMatchSettings, "clip")
+    unlabelled_weight: float = of_base(FixMatchSettings, "unlabelled_weight")  # all
+    threshold: float = of_base(FixMatchSettings, "threshold")  # FixMatch, FlexMatch
+    threshold_warmup: bool = of_base(FlexMatchSettings, "threshold_warmup")
+    n_sigma: float = of_base(SoftMatchSettings, "n_sigma")
+    alignment: str = of_base(SoftMatchSettings, "alignment")
+    ema_p: float = of_base(SoftMatchSettings, "ema_p")  # SoftMatch, FreeMatch
+    fairness_weight: float = of_base(FreeMatchSettings, "fairness_weight")
+    statistic: str = of_base(FreeMatchSettings, "statistic")
+    clip: str = of_base(FreeMatchSettings, "clip")
 
     def base_settings(self) -> Any:
         """The settings of the base alone."""
@@ -214,7 +224,7 @@ class CalibrateMix(Method):
         self.apm, self.apm_visits = average_margins(
             self.apm, self.apm_visits, index, margins(weak_logits), self.settings.delta, self.counted(index)
         )
-        self.pseudo_label = fixmatch.remember(self.pseudo_label, index, label, torch.ones_like(label, dtype=torch.bool))
+        self.pseudo_label = remember(self.pseudo_label, index, label, torch.ones_like(label, dtype=torch.bool))
         return self.apm[index, label]
 
     def similarity(self, own: Tensor, weak: Tensor) -> Tensor:
