@@ -1,31 +1,27 @@
 """CSL's confidence plane and weights: the pixels that a run kept, what a threshold chooses of them and what CSL.
 
-Drawn from saved results only and under the conventions of `figures`. Hidden masks of the pool are for these
-figures alone; no method sees them.
+Hidden masks of the pool are for these figures alone; no method sees them.
 """
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 
 from figures import style
-from figures.style import Drawing, label_of, message, themed, where
-from figures.tables import NOT_RUN
-from repro.data.folders import MASK_SOURCES
-from repro.data.masks import IGNORE, palette
-from repro.data.scenes import DEFAULT
+from figures.common import class_colours, classes_of, image_grid, image_panel, outside_legend, picture, unavailable
+from figures.style import Root, label_of, start, themed, where
+from repro.data.masks import IGNORE
 from repro.experiment import Experiment
 from repro.methods.few_masks.csl import Reliable, pixel_weights, reliable_statistics, separate
 from repro.runs import folder_of, is_finished, load_moments, load_outputs
@@ -36,7 +32,6 @@ UNSURE, CERTAIN, SMALLEST = 0.2, 1 - 1e-6, 1e-14  # confidence and residual vari
 SHOWN = 40_000  # pixels that a scatter shows at most
 LEVELS = (0.25, 0.5, 0.75)  # of the weight
 TICKS = (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9999, 0.99999)
-FOREGROUND = (style.SKY, style.YELLOW, style.GREEN, style.PINK, style.BROWN, style.PURPLE, style.ORANGE, style.GREY)
 
 
 # What a run keeps
@@ -93,7 +88,7 @@ class Moment:
         return f"keeps {100 * share:.1f} %" + (f", {100 * accuracy:.1f} % right" if share > 0 else "")
 
 
-def read_moment(experiment: Experiment, root: Path | None = None, moment: int = -1) -> Moment | None:
+def read_moment(experiment: Experiment, root: Root = None, moment: int = -1) -> Moment | None:
     """An evaluation of a finished run, counted as in a sequence; None for a run that is not finished or keeps none.
 
     Raises SettingError for a moment that is not there.
@@ -120,20 +115,12 @@ def selection(weight: Tensor, right: Tensor, known: Tensor) -> tuple[float, floa
     return share, float((weight * right).sum()) / total if total else math.nan
 
 
-def unavailable(title: str, experiments: Iterable[Experiment], root: Path | None) -> Figure:
-    """A figure that says why there is none: the runs are not there, or do not keep what it needs."""
-    experiments = list(experiments)
-    why = "nothing of this was kept" if any(is_finished(item, root) for item in experiments) else NOT_RUN
-    names = ", ".join(dict.fromkeys(label_of(item) for item in experiments))
-    return message(title, f"{why}: {names}\n{where(experiments)}")
-
-
 # The plane
 
 
 @themed
 def confidence_plane(
-    experiment: Experiment, root: Path | None = None, image: int | str = 0, moment: int = -1, threshold: float = 0.95,
+    experiment: Experiment, root: Root = None, image: int | str = 0, moment: int = -1, threshold: float = 0.95,
     alpha: float = 8.0, rule: str = "or", features: str = "both",
 ) -> Figure:  # fmt: skip
     """Pixels by confidence and residual variance, right and wrong, what a threshold keeps and what CSL (CSL, Fig. 1).
@@ -154,12 +141,11 @@ def confidence_plane(
     confidence = found.confidence[known].double().clamp(UNSURE, CERTAIN).numpy()
     residual, right = found.residual[known].double().clamp(min=SMALLEST).numpy(), found.right[known].numpy()
     order = np.random.default_rng(0).permutation(len(right))[:SHOWN]  # neither colour lies on top of the other
-    figure = Drawing(figsize=(9.5, 6.7), layout="constrained")
     part = f"image {image}" if alone else f"{len(known)} images"
     count = f"{len(right):,} pixels" + f", {len(order):,} of them drawn" * (len(order) < len(right))
-    figure.suptitle(f"The confidence plane of {label_of(experiment)}: {part} of the pool at step {found.step}\n"
-                    f"{where([experiment])}; {count}")  # fmt: skip
-    top, corner, plane, side = figure.subplots(2, 2, width_ratios=(5, 1), height_ratios=(1, 4.2)).flat
+    title = f"The confidence plane of {label_of(experiment)}: {part} of the pool at step {found.step}"
+    figure, ((top, corner), (plane, side)) = start(title, [f"{where([experiment])}; {count}"], (9.5, 6.7), 2, 2,
+                                                   width_ratios=(5, 1), height_ratios=(1, 4.2))  # fmt: skip
     corner.set_axis_off()
     _scale(plane, top, side, confidence, residual)
     colours = np.array([WRONG, RIGHT])[right[order].astype(int)]
@@ -170,22 +156,24 @@ def confidence_plane(
     for axes, width in ((plane, 1.5), (top, 1)):
         axes.axvline(threshold, color=style.INK, linestyle="--", linewidth=width)
     if alone:  # where no softmax can lie: r is at least (1 - c)^2 / (K - 1)^3
-        for at, picture in ((0.01, _picture(found.images[0])), (0.18, _verdict(found))):
-            tile(plane.inset_axes((at, 0.02, 0.16, 0.28), anchor="SW"), picture)
-    share, dot = 100 * float(right.mean()), {"marker": "o", "linestyle": "", "markersize": 6}
-    line = "beyond the line" if alone else "beyond an image's line"
+        for at, image_at in ((0.01, picture(found.images[0])), (0.18, _verdict(found))):
+            image_panel(plane.inset_axes((at, 0.02, 0.16, 0.28), anchor="SW"), image_at)
+    share, line = 100 * float(right.mean()), "beyond the line" if alone else "beyond an image's line"
+
+    def key(label: str, color="black", **look) -> Line2D:
+        return Line2D([], [], color=color, label=label, **look)
+
+    dot = {"marker": "o", "linestyle": "", "markersize": 6}
+    cut = f"threshold {threshold:g}: {found.chosen(found.confidence >= threshold)}"
     handles = [
-        Line2D([], [], color=RIGHT, label=f"right label: {share:.1f} % of the pixels", **dot),
-        Line2D([], [], color=WRONG, label=f"wrong label: {100 - share:.1f} %", **dot),
-        Line2D([], [], color="0.5", linewidth=0.9, label=f"w = {', '.join(map(str, LEVELS))}"),
-        Line2D([], [], color=style.INK, linestyle="--", linewidth=1.5,
-               label=f"threshold {threshold:g}: {found.chosen(found.confidence >= threshold)}"),
-        Line2D([], [], color="black", linewidth=1.8, label=f"CSL, w = 1 {line}: {found.chosen(weight == 1)}"),
+        key(f"right label: {share:.1f} % of the pixels", RIGHT, **dot),
+        key(f"wrong label: {100 - share:.1f} %", WRONG, **dot),
+        *[key(f"w = {', '.join(map(str, LEVELS))}", "0.5", linewidth=0.9)] * alone,
+        key(cut, style.INK, linestyle="--", linewidth=1.5),
+        key(f"CSL, w = 1 {line}: {found.chosen(weight == 1)}", linewidth=1.8),
         Patch(color="0.8" if alone else "none", label=f"CSL, weighted by w: {found.chosen(weight)}"),
-    ]  # fmt: skip
-    if not alone:
-        del handles[2]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    ]
+    outside_legend(figure, plane, 2, handles=handles)
     return figure
 
 
@@ -247,7 +235,7 @@ def _boundaries(axes: Axes, reliable: Reliable, how: dict, shaded: bool) -> None
 
 @themed
 def weight_maps(
-    experiment: Experiment, root: Path | None = None, images: int = 4, moment: int = -1, threshold: float = 0.95,
+    experiment: Experiment, root: Root = None, images: int = 4, moment: int = -1, threshold: float = 0.95,
     **rule: Any,
 ) -> Figure:  # fmt: skip
     """Images of the pool with truth, pseudo-label, its errors, the threshold's choice and CSL's weight.
@@ -258,28 +246,21 @@ def weight_maps(
     found = read_moment(experiment, root, moment)
     if found is None:
         return unavailable("Weights of pseudo-labels", [experiment], root)
-    shown, names = min(images, len(found.truth)), classes_of(experiment.data)
-    high, wide = found.truth.shape[1:]
-    figure = Drawing(figsize=(10, (1.5 * high / wide + 0.22) * shown + 1.1), layout="constrained")
-    figure.suptitle(f"Pseudo-labels of {label_of(experiment)} and their weights at step {found.step}\n"
-                    f"{where([experiment])}; {shown} of {len(found.truth)} kept images of the pool")  # fmt: skip
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0)
-    grid = figure.subplots(shown, 6, squeeze=False)
-    heads = ("image", "hidden truth", "pseudo-label", "right or wrong", f"threshold {threshold:g}", "CSL's weight")
-    for axes, head in zip(grid[0], heads, strict=True):
-        axes.set_title(head, fontsize=10)
-    colours = class_colours(len(names))
-    for index, row in enumerate(grid):
+    count, names = min(images, len(found.truth)), classes_of(experiment.data)
+    colours, shade, rows = class_colours(len(names)), colormaps["viridis"], []
+    for index in range(count):
         part = found.only(index)
-        tile(row[0], _picture(part.images[0]), f"image {index}")
-        tile(row[1], colours[part.truth[0].numpy()])
-        tile(row[2], colours[part.label[0].numpy()])
         accuracy = selection(torch.ones_like(part.known), part.right, part.known)[1]
-        tile(row[3], _verdict(part), f"{100 * accuracy:.1f} % right")
-        for axes, weight in ((row[4], part.confidence >= threshold), (row[5], part.weight(**rule))):
-            drawn = tile(axes, weight[0].numpy(), part.chosen(weight), cmap="viridis", vmin=0, vmax=1)
-    figure.colorbar(drawn, ax=grid, label="weight of a pixel", shrink=0.7, aspect=30, pad=0.01)
-    class_legend(figure, names, [found.truth[:shown], found.label[:shown]], {"right": RIGHT, "wrong": WRONG})
+        row = [(picture(part.images[0]), f"image {index}"), colours[part.truth[0]], colours[part.label[0]]]
+        row += [(_verdict(part), f"{100 * accuracy:.1f} % right")]
+        weights = (part.confidence >= threshold).double(), part.weight(**rule)
+        rows.append(row + [(shade(weight[0].numpy())[..., :3], part.chosen(weight)) for weight in weights])
+    captions = [f"{where([experiment])}; {count} of {len(found.truth)} kept images of the pool"]
+    heads = ("image", "hidden truth", "pseudo-label", "right or wrong", f"threshold {threshold:g}", "CSL's weight")
+    title = f"Pseudo-labels of {label_of(experiment)} and their weights at step {found.step}"
+    maps, more = [found.truth[:count], found.label[:count]], {"right": RIGHT, "wrong": WRONG}
+    figure, grid = image_grid(title, captions, heads, rows, names, maps, more=more)
+    figure.colorbar(ScalarMappable(cmap=shade), ax=grid, label="weight of a pixel", shrink=0.7, aspect=30, pad=0.01)
     return figure
 
 
@@ -287,38 +268,3 @@ def _verdict(found: Moment) -> np.ndarray:
     """The first image's right, wrong and unknown pixels in colour, (H, W, 3)."""
     colours = np.array([WRONG, RIGHT, class_colours(1)[IGNORE]])
     return colours[torch.where(found.known, found.right.long(), 2)[0].numpy()]
-
-
-def _picture(image: Tensor) -> np.ndarray:
-    return image.permute(1, 2, 0).numpy()
-
-
-def tile(axes: Axes, picture: np.ndarray, below: str = "", **how: Any) -> AxesImage:
-    """Show a picture without ticks, its pixels unblended. how: of `Axes.imshow`."""
-    axes.set(xticks=[], yticks=[])
-    axes.grid(False)
-    axes.set_xlabel(below, fontsize=6.8, labelpad=3)
-    return axes.imshow(picture, interpolation="nearest", **how)
-
-
-def classes_of(data: str) -> tuple[str, ...]:
-    """Names of the classes of a data set, index = class."""
-    return ("background", *DEFAULT) if data == "scenes" else MASK_SOURCES[data].classes
-
-
-def class_colours(classes: int) -> np.ndarray:
-    """(256, 3) in 0..1: VOC's colours, or ones that the colour-blind tell apart where they suffice; 255 is cream."""
-    colours = palette(classes) / 255
-    if classes <= len(FOREGROUND) + 1:
-        colours[:classes] = [(0.12,) * 3, *FOREGROUND[: classes - 1]]
-    return colours
-
-
-def class_legend(figure: Figure, names: Sequence[str], maps: Sequence[Tensor], more: dict | None = None) -> None:
-    """Names and colours of the classes in the maps, below; 255 is `unknown`. more: further entries."""
-    present = sorted({int(label) for labels in maps for label in labels.unique()})
-    colours = class_colours(len(names))
-    entries = {"unknown" if label == IGNORE else names[label]: colours[label] for label in present} | (more or {})
-    patches = [Patch(facecolor=colour, edgecolor="0.6", linewidth=0.5, label=name) for name, colour in entries.items()]
-    columns = min(len(patches), max(1, int(0.9 * figure.get_figwidth())))
-    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -2,11 +2,12 @@
 
 import functools
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from repro.files import atomic_path
 from repro.grid import PAPERS, TITLES
 from repro.papers.published import LABELS
 
+Runs, Root = Sequence[Experiment], Path | None  # what figures are of, and the folder of runs (None: the usual one)
 DPI = 120
 PALETTE = [tuple(round(part, 4) for part in colour) for colour in sns.color_palette("colorblind")]
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = PALETTE
@@ -127,17 +129,14 @@ def label_of(experiment: Experiment) -> str:
 def setting(experiments: Iterable[Experiment]) -> str:
     """`Fashion-MNIST part, 100 labels, mini scale`."""
     experiments = list(experiments)
-    data = list(dict.fromkeys(item.data for item in experiments))
-    parts = [" / ".join(TITLES.get(name, name) for name in data)]
-    labels = " / ".join(map(str, sorted({item.labels for item in experiments})))
+    data = " / ".join(TITLES.get(name, name) for name in dict.fromkeys(item.data for item in experiments))
     words = next((PAPERS[item.paper].BUDGET for item in experiments), LABELS)
-    parts += [words.format(labels)]
-    parts += [" / ".join(dict.fromkeys(item.scale for item in experiments)) + " scale"]
-    return ", ".join(parts)
+    budget = words.format(" / ".join(map(str, sorted({item.labels for item in experiments}))))
+    return f"{data}, {budget}, {' / '.join(dict.fromkeys(item.scale for item in experiments))} scale"
 
 
 def where(experiments: Iterable[Experiment]) -> str:
-    """`Fashion-MNIST part, 100 labels, mini scale, seeds 0, 1 (n = 2)`: what a caption must say."""
+    """`Fashion-MNIST part, 100 labels, mini scale, seeds 0, 1 (n = 2)`: the data, scale and n of a caption."""
     experiments = list(experiments)
     seeds = sorted({item.seed for item in experiments})
     return f"{setting(experiments)}, seed{'s'[: len(seeds) > 1]} {', '.join(map(str, seeds))} (n = {len(seeds)})"
@@ -151,16 +150,30 @@ def by_seed(experiments: Iterable[Experiment]) -> list[list[Experiment]]:
     return list(groups.values())
 
 
+# The start of a figure
+
+
+def start(
+    title: str, captions: Sequence[str], size: tuple[float, float], rows: int = 1, columns: int = 1, **grid
+) -> tuple[Drawing, np.ndarray]:
+    """A figure under its title and the captions that are not empty, and its axes (rows, columns).
+
+    size: width and height in inches. grid: further options of `Figure.subplots`.
+    """
+    figure = Drawing(figsize=size, layout="constrained")
+    figure.suptitle("\n".join([title, *filter(None, captions)]))
+    return figure, figure.subplots(rows, columns, squeeze=False, **grid)
+
+
 @themed
 def message(title: str, text: str) -> Drawing:
-    """A figure that says why there is nothing to draw."""
-    figure = Drawing(figsize=(8, 1.6), layout="constrained")
-    figure.suptitle(title)
-    say(figure.subplots(), text)
+    """A figure that tells why there is nothing to draw."""
+    figure, axes = start(title, (), (8, 1.6))
+    say(axes[0, 0], text)
     return figure
 
 
 def say(axes: Axes, text: str) -> None:
-    """Text in place of a plot."""
+    """Write text in place of a plot."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=INK, wrap=True)

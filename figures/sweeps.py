@@ -1,23 +1,20 @@
 """Ablations of one number as curves: measured seeds and mean, and the published ones in a panel of their own."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from figures import style
 from figures.claims import statistic
-from figures.common import keep_apart, seeds_drawn
-from figures.style import Drawing, style_of, themed
-from figures.tables import NOT_RUN, RULES, WEIGHTS, check_reporting, summarise
+from figures.common import PUBLISHED_GROUND, keep_apart, percent, points, reporting, seeds_drawn
+from figures.style import Root, start, style_of, themed
+from figures.tables import NOT_RUN
 from repro.experiment import Experiment, resolve
-from repro.grid import Column, Table
+from repro.grid import Column, Row, Table
 from repro.measure.metrics import METRICS
 from repro.papers.published import Published, lookup
 from repro.runs import is_finished
@@ -26,22 +23,18 @@ from repro.settings import SettingError
 SHORT = {"cam_miou": "CAM mIoU", "miou": "segmentation mIoU"}  # what the paper's ablations print
 
 
-@dataclasses.dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """The one setting that the rows of an ablation change.
 
     symbol: the paper's, else the setting's name. rows: in rising order of their values, or the table's where these are
-    words. values: of the rows. default: the recipe's value.
+    words. values: of the rows. default: the recipe's value. numeric: whether no value is a word or a truth value.
     """
 
     symbol: str
-    rows: tuple
-    values: tuple
+    rows: Sequence[Row]
+    values: Sequence
     default: Any
-
-    @property
-    def numeric(self) -> bool:
-        return not any(isinstance(value, str | bool) for value in self.values)
+    numeric: bool
 
 
 def sweep(table: Table, column: Column, scale: str) -> Sweep | None:
@@ -59,15 +52,15 @@ def sweep(table: Table, column: Column, scale: str) -> Sweep | None:
 
     cells = [table.cell(row, column, scale, (0,))[0] for row in table.rows]
     default, symbol = read(dataclasses.replace(cells[0], overrides=()))
-    pairs = list(zip(table.rows, (read(item)[0] for item in cells), strict=True))
-    if not any(isinstance(value, str | bool) for _, value in pairs):
-        pairs.sort(key=lambda pair: pair[1])
-    return Sweep(symbol, *map(tuple, zip(*pairs, strict=True)), default)
+    pairs = [(row, read(item)[0]) for row, item in zip(table.rows, cells, strict=True)]
+    numeric = not any(isinstance(value, str | bool) for _, value in pairs)
+    rows, values = zip(*sorted(pairs, key=lambda pair: pair[1]) if numeric else pairs, strict=True)
+    return Sweep(symbol, rows, values, default, numeric)
 
 
 @themed
 def ablation_curves(
-    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | None = None, rule: str = "last",
+    table: Table, scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Root = None, rule: str = "last",
     weights: str = "ema",
 ) -> Figure:  # fmt: skip
     """Measured CAM and segmentation mIoU against the setting that an ablation changes; published ones in own panels.
@@ -76,62 +69,47 @@ def ablation_curves(
     rule, weights: as in `tables.compare`.
     Raises SettingError for an ablation that changes more than one setting.
     """
-    check_reporting(rule, weights)
     column = table.columns_at(scale)[0]
-    (seeds, said), swept = seeds_drawn(table, column, scale, seeds, root), sweep(table, column, scale)
+    heading = f"measured: {column.title}, {scale} scale, {reporting(rule, weights)}"
+    (seeds, words), swept = seeds_drawn(table, column, scale, seeds, root), sweep(table, column, scale)
     if swept is None:
         raise SettingError(f"rows of {table.name} differ in more than one setting; a curve has one on its axis")
-    figure = Drawing(figsize=(10, 3.5), layout="constrained")
-    how = f"{column.title}, {scale} scale, {RULES[rule]}, {WEIGHTS[weights]}"
-    marks = f"mean, deviation, dots: {said}; shaded: our default; values are evenly spaced"
-    figure.suptitle(f"{table.title}; tinted: published, on axes of its own\nmeasured: {how}\n{marks}")
-    grid, at = figure.subplots(1, 2 * len(SHORT)), np.arange(len(swept.rows))
-    look = style_of(swept.rows[0].method)
-    for name, axes in zip(SHORT, grid, strict=False):
+    marks = f"mean, deviation, dots: {words}; shaded: the default; values are evenly spaced"
+    title = f"{table.title}; tinted: published, on axes of its own"
+    figure, grid = start(title, [heading, marks], (10, 3.5), 1, 2 * len(SHORT))
+    look, at = style_of(swept.rows[0].method), np.arange(len(swept.rows))
+    line = {} if swept.numeric else {"linestyle": ""}
+    for name, measured, printed in zip(SHORT, grid[0], grid[0, len(SHORT) :], strict=False):
         runs = [[statistic(item, name, root, rule, weights) for item in table.cell(row, column, scale, seeds)
                  if is_finished(item, root)] for row in swept.rows]  # fmt: skip
-        _series(axes, swept, runs, NOT_RUN, color=look.colour, marker=look.marker)
-        most = max(len([value for value in values if not math.isnan(value)]) for values in runs)
-        axes.set_title(f"measured {SHORT[name]}\n{scale} scale, n = {most}", fontsize=9)
-        axes.set_ylabel("mIoU (%)" if axes is grid[0] else "")
-        keep_apart(axes, "y", METRICS[name])
-    for name, axes in zip(SHORT, grid[len(SHORT) :], strict=True):
         numbers = _published(table, swept, name)
-        axes.set_facecolor("#f7f3ea")
-        shown = [[] if one.value is None else [one.value / 100] for one in numbers] or [[]] * len(at)
-        _series(axes, swept, shown, "not given", color=style.INK, marker="s", linestyle="--")
+        stated = [[] if one.value is None else [one.value / 100] for one in numbers] or [[]] * len(at)
         origin = next((f"{one.dataset} {one.split}, {one.backbone}" for one in numbers if one.value is not None), "")
-        axes.set_title(f"published {SHORT[name]}\n{origin}", fontsize=9)
-    for axes in grid:
+        means = points(measured, at, runs, colour=look.colour, marker=look.marker, **line)
+        stated = points(printed, at, stated, colour=style.INK, marker="s", **{"linestyle": "--"} | line)
+        measured.set_title(f"measured {SHORT[name]}\n{scale} scale, n = {max(map(len, runs))}", fontsize=9)
+        printed.set_title(f"published {SHORT[name]}\n{origin}", fontsize=9)
+        printed.set_facecolor(PUBLISHED_GROUND)
+        for axes, shown, missing in ((measured, means, NOT_RUN), (printed, stated, "not given")):
+            names = [f"{value:g}" if swept.numeric else str(value) for value in swept.values]
+            absent = [f"{name}\n{missing}" for name in names]
+            axes.set_xticks(at, np.where(np.isfinite(shown), names, absent))
+            keep_apart(axes, "y", METRICS[name])
+    for axes in grid[0]:
         for place in at[[value == swept.default for value in swept.values]]:
             axes.axvspan(place - 0.3, place + 0.3, color="0.85", linewidth=0, zorder=0)
         axes.set(xlabel=swept.symbol, xlim=(-0.5, len(at) - 0.5))
         axes.grid(axis="x", visible=False)
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        percent(axes.yaxis)
+    grid[0, 0].set_ylabel("mIoU (%)")
     return figure
-
-
-def _series(axes: Axes, swept: Sweep, runs: Sequence[Sequence[float]], missing: str, **look: Any) -> None:
-    """Fractions of each row in percent: mean with deviation, seeds as dots. missing: below a value that has none."""
-    at, stated = np.arange(len(swept.rows)), [summarise(values) for values in runs]
-    mean = np.array([math.nan if one.mean is None else 100 * one.mean for one in stated])
-    kept = np.isfinite(mean)
-    axes.plot(at[kept], mean[kept], zorder=3, **look | ({} if swept.numeric else {"linestyle": ""}))
-    for place, one, values in zip(at, stated, runs, strict=True):
-        if one.n > 1:
-            axes.errorbar(place, 100 * one.mean, 100 * one.sd, color=look["color"], capsize=3, linewidth=1.2)
-            axes.plot([place] * len(values), 100 * np.array(values), ".", color=style.INK, markersize=4, alpha=0.6)
-    names = [f"{value:g}" if swept.numeric else str(value) for value in swept.values]
-    axes.set_xticks(at, [name if there else f"{name}\n{missing}" for name, there in zip(names, kept, strict=True)])
 
 
 def _published(table: Table, swept: Sweep, metric: str) -> list[Published]:
     """What the paper prints of a metric, by row; empty where it prints none."""
-    references = [reference for reference in table.references if reference.metric == metric]
-    if not references:
+    reference = next((one for one in table.references if one.metric == metric), None)
+    if reference is None:
         return []
-    column = table.columns[0]
-    return [
-        lookup(table.published, references[0], column.data, column.labels, row.published or (row.method,))
-        for row in swept.rows
-    ]
+    place = table.columns[0].data, table.columns[0].labels
+    return [lookup(table.published, reference, *place, row.published or (row.method,)) for row in swept.rows]

@@ -1,4 +1,4 @@
-"""Claims at a glance: the effect of each with its interval and its seeds, and the verdict that they lead to."""
+"""Claims at a glance: the effect of each with its interval and its seeds, and the verdict."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from figures.claims import CONTRADICTED, INCONCLUSIVE, NOT_RUN, SUPPORTED, Verdict
-from figures.style import BLUE, GREY, INK, RED, Drawing, message, themed
+from figures.style import BLUE, GREY, INK, RED, Drawing, message, start, themed
 
 LOOKS = {  # colour, marker, fill
     SUPPORTED: (BLUE, "o", BLUE),
@@ -23,7 +23,7 @@ def claim_effects(verdicts: Sequence[Verdict], title: str) -> Drawing:
     """The verdicts of a paper's claims, in order: mean, 95 % interval and each seed's difference; right is as claimed.
 
     verdicts: of `claims.decide`. Effects in points share a panel; every other unit has its own. A claim without a
-    finished pair says so. A dotted line left of zero is the margin of a "not worse" claim.
+    finished pair is marked as not run. A dotted line left of zero is the margin of a "not worse" claim.
     """
     if all(verdict.verdict == NOT_RUN for verdict in verdicts):
         return message(title, f"{len(verdicts)} claims: no pair of runs is finished")
@@ -32,15 +32,11 @@ def claim_effects(verdicts: Sequence[Verdict], title: str) -> Drawing:
         unit = "points" if verdict.metric.percent else verdict.metric.title
         groups.setdefault(unit, []).append(verdict)
     heights = [len(group) + 1.6 for group in groups.values()]
-    figure = Drawing(figsize=(10.5, ROW * sum(heights) + 1.2), layout="constrained")
     scales = ", ".join(dict.fromkeys(verdict.scope.rsplit(", ", 1)[1] for verdict in verdicts))
-    figure.suptitle(
-        f"{title}\n{scales}; large: mean over seeds, bar: 95 % bootstrap interval, ticks: seeds; "
-        "right of zero: as claimed",
-        fontsize=10.5,
-    )
-    grid = figure.subplots(len(groups), 1, gridspec_kw={"height_ratios": heights}, squeeze=False)[:, 0]
-    for axes, (unit, group) in zip(grid, groups.items(), strict=True):
+    caption = f"{scales}; large: mean over seeds, bar: 95 % bootstrap interval, ticks: seeds; right of zero: as claimed"
+    size = (10.5, ROW * sum(heights) + 1.2)
+    figure, grid = start(title, [caption], size, len(groups), 1, height_ratios=heights)
+    for axes, (unit, group) in zip(grid[:, 0], groups.items(), strict=True):
         _effects(axes, group)
         axes.set_xlabel(f"effect in the claim's direction ({unit})")
     shown = [verdict for verdict in LOOKS if any(item.verdict == verdict for item in verdicts)]

@@ -71,8 +71,8 @@ def test_modules_form_no_circle():
     for path in SOURCES:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         graph[name] = imported(ast.parse(path.read_text()))
-    below = {
-        name: {part for full in names for part in (full, full.rpartition(".")[0]) if part in graph and part != name}
+    below = {  # of `from a import b`, the module b, or else a
+        name: {full if full in graph else full.rpartition(".")[0] for full in names} & graph.keys() - {name}
         for name, names in graph.items()
     }
     while free := [name for name, names in below.items() if not names & below.keys()]:

@@ -1,9 +1,13 @@
-"""Explorers: controls that move over a saved run, with numbers and pictures that follow at once.
+"""Explorers: controls that move over a finished run, with numbers and pictures that follow at once.
 
-Each module is one explorer: pure functions that read a run and compute what a position shows, and widgets around them.
-`explore` of a module returns the widget or, where nobody watches, a figure at the starting position.
+`explore.thresholds.explore(experiment, root)` and so on: see `panel.Explorer.explore`.
 """
 
-from figures.explore import growth, labelling, margins, parts, proposals, regions, reliability, thresholds, weights
+from figures.explore.labels import Mixtures as margins
+from figures.explore.labels import Reliability as reliability
+from figures.explore.labels import Thresholds as thresholds
+from figures.explore.masks import Weights as weights
+from figures.explore.scribbles import Proposals as proposals
+from figures.explore.tags import Maps as regions
 
-__all__ = ["growth", "labelling", "margins", "parts", "proposals", "regions", "reliability", "thresholds", "weights"]
+__all__ = ["margins", "proposals", "regions", "reliability", "thresholds", "weights"]

@@ -1,50 +1,28 @@
 import dataclasses
 import json
 import math
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.collections import PolyCollection
 from matplotlib.container import ErrorbarContainer
 
 from figures import scribble_panels as panels
 from figures import scribbles as figures
-from figures import style
-from figures.plane import class_colours
+from figures.common import class_colours
 from figures.tables import NOT_RUN
 from repro.data.scribbles import reaches_of
 from repro.experiment import Experiment
-from repro.files import save_state, write_json
+from repro.files import save_state
 from repro.grid import PAPERS
-from repro.runs import folder_of, load_history, load_metrics, load_outputs
+from repro.runs import folder_of, load_history, load_outputs
 from repro.settings import SettingError
 from tests.fake_outputs import texts
 from tests.fake_scribble_runs import START, STEPS, write_scribble_run
+from tests.figures.drawn import band, change_final, final, lines, stored
 
 TABLE = PAPERS["trust_region"].TABLES["main"]
 NUMBERS = figures.published_by_method(TABLE)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder of runs that no test changes: robust trust region at two lengths and seeds, others once, no ADM."""
-    root = tmp_path_factory.mktemp("runs")
-    for seed in (0, 1):
-        write_scribble_run(run("robust_trust_region", 30, seed), root)
-        write_scribble_run(run("robust_trust_region", 100, seed), root, figures=False)
-        write_scribble_run(run("full", 100, seed), root)
-    write_scribble_run(run("partial_ce", 30), root)
-    write_scribble_run(run("trust_region", 30), root)
-    return root
-
-
-@pytest.fixture
-def copied(root, tmp_path):
-    """The same, to be changed."""
-    return Path(shutil.copytree(root, tmp_path / "copied"))
 
 
 def run(method, length=30, seed=0):
@@ -55,30 +33,9 @@ def robust(length=30):
     return [run("robust_trust_region", length, seed) for seed in (0, 1)]
 
 
-def final(root, experiment, name):
-    return load_metrics(folder_of(experiment, root))["reported"]["last"]["ema"][name]
-
-
-def stored(root, experiments, name):
-    """Values of the evaluations, (runs, steps)."""
-    rows = [load_history(folder_of(item, root)).of("evaluation") for item in experiments]
-    return np.array([[row["ema"][name] for row in run] for run in rows], dtype=float)
-
-
-def lines(axes):
-    return {line.get_label(): line for line in axes.lines}
-
-
-def set_metric(root, experiment, name, value):
-    path = folder_of(experiment, root) / "metrics.json"
-    saved = json.loads(path.read_text())
-    saved["reported"]["last"]["ema"][name] = value
-    write_json(path, saved)
-
-
-def by_length(root, experiments, **more):
+def by_length(runs, experiments, **more):
     """The figure's main axes, and its error bars by label."""
-    figure = figures.by_length(experiments, root, **more)
+    figure = figures.by_length(experiments, runs, **more)
     found = {item.get_label(): item for item in figure.axes[0].containers if isinstance(item, ErrorbarContainer)}
     return figure, found
 
@@ -86,29 +43,29 @@ def by_length(root, experiments, **more):
 # By scribble length
 
 
-def test_a_line_has_the_mean_and_deviation_of_each_length(root):
-    _, found = by_length(root, [*robust(30), *robust(100)])
+def test_a_line_has_the_mean_and_deviation_of_each_length(runs):
+    _, found = by_length(runs, [*robust(30), *robust(100)])
     points, _, (bars,) = found["Robust Grid-TR"]
-    values = 100 * np.array([[final(root, item, "miou") for item in robust(length)] for length in (30, 100)])
+    values = np.array([[final(runs, item)["miou"] for item in robust(length)] for length in (30, 100)])
     assert points.get_xdata() == pytest.approx([30, 100]) and points.get_ydata() == pytest.approx(values.mean(1))
     ends = np.array(bars.get_segments())[:, :, 1]
     assert (ends[:, 1] - ends[:, 0]) / 2 == pytest.approx(values.std(1, ddof=1))
 
 
-def test_methods_stand_side_by_side_round_their_length(root):
-    _, found = by_length(root, [run("partial_ce"), run("trust_region"), run("robust_trust_region")])
+def test_methods_stand_side_by_side_round_their_length(runs):
+    _, found = by_length(runs, [run("partial_ce"), run("trust_region"), run("robust_trust_region")])
     at = [float(found[name][0].get_xdata()[0]) for name in ("Partial CE", "Grid-TR", "Robust Grid-TR")]
     assert at == pytest.approx([30 - figures.APART, 30, 30 + figures.APART])
 
 
-def test_full_supervision_is_a_level_with_the_deviation_over_seeds(root):
+def test_full_supervision_is_a_level_with_the_deviation_over_seeds(runs):
     full = [run("full", 100, seed) for seed in (0, 1)]
-    figure, found = by_length(root, [run("robust_trust_region"), *full])
-    axes, values = figure.axes[0], 100 * np.array([final(root, item, "miou") for item in full])
-    label = f"Full supervision: {values.mean():.1f} % (n = 2)"
-    assert lines(axes)[label].get_ydata() == pytest.approx([values.mean()] * 2)
-    (band,) = axes.patches
-    assert (band.get_y(), band.get_height()) == pytest.approx(
+    figure, found = by_length(runs, [run("robust_trust_region"), *full])
+    axes, values = figure.axes[0], np.array([final(runs, item)["miou"] for item in full])
+    label = f"Full supervision: {100 * values.mean():.1f} % (n = 2)"
+    assert lines(axes)[label] == pytest.approx([values.mean()] * 2)
+    (area,) = axes.patches
+    assert (area.get_y(), area.get_height()) == pytest.approx(
         (values.mean() - values.std(ddof=1), 2 * values.std(ddof=1))
     )
     assert "Full supervision" not in found and [label.get_text() for label in axes.get_xticklabels()] == ["30"]
@@ -117,24 +74,24 @@ def test_full_supervision_is_a_level_with_the_deviation_over_seeds(root):
 def test_a_seed_of_full_supervision_counts_once_however_many_lengths_it_ran_at(copied):
     write_scribble_run(run("full", 0), copied, figures=False)
     for experiment, value in ((run("full", 0), 0.8), (run("full", 100), 0.9), (run("full", 100, 1), 0.95)):
-        set_metric(copied, experiment, "miou", value)
+        change_final(copied, experiment, lambda found, value=value: found.update(miou=value))
     full = [run("full", 0), run("full", 100), run("full", 100, 1)]
     figure, _ = by_length(copied, [run("partial_ce"), *full])
     assert "Full supervision: 90.0 % (n = 2)" in texts(figure)
 
 
-def test_what_was_not_run_is_said_by_method_and_by_length(root):
+def test_what_was_not_run_is_said_by_method_and_by_length(runs):
     asked = [run(method, length) for method in ("partial_ce", "adm", "robust_trust_region", "full")
              for length in (0, 30, 100)]  # fmt: skip
-    figure, _ = by_length(root, asked)
-    assert "not run: ADM; length 0 %; Partial CE at 100 %" in texts(figure)
+    figure, _ = by_length(runs, asked)
+    assert "not run: ADM, length 0 %" in texts(figure)
     assert "scribble length 30 / 100 %, tiny scale, seed 0 (n = 1)" in texts(figure)
-    assert NOT_RUN not in texts(by_length(root, robust())[0])
+    assert NOT_RUN not in texts(by_length(runs, robust())[0])
 
 
-def test_n_is_said_where_seeds_are_missing(root):
+def test_n_is_said_where_seeds_are_missing(runs):
     asked = [*robust(30), run("robust_trust_region", 100), run("partial_ce"), run("partial_ce", 30, 1)]
-    _, found = by_length(root, asked)
+    _, found = by_length(runs, asked)
     assert set(found) == {"Robust Grid-TR (n = 1 to 2)", "Partial CE (n = 1)"}
 
 
@@ -148,10 +105,10 @@ def test_a_click_is_named_and_a_variation_has_a_line_of_its_own(copied):
     assert first != second
 
 
-def test_published_numbers_have_a_panel_and_a_scale_of_their_own(root):
+def test_published_numbers_have_a_panel_and_a_scale_of_their_own(runs):
     missing = dataclasses.replace(NUMBERS["partial_ce"], value=None)
     numbers = {"partial_ce": NUMBERS["partial_ce"], "grid_gd": missing, "full": NUMBERS["full"]}
-    figure, _ = by_length(root, robust(), published=numbers)
+    figure, _ = by_length(runs, robust(), published=numbers)
     measured, panel = figure.axes
     assert [text.get_text() for text in panel.texts] == ["65.8", "72.1"]
     assert [float(item[0].get_ydata()[0]) for item in panel.containers] == [65.8, 72.1]
@@ -159,7 +116,7 @@ def test_published_numbers_have_a_panel_and_a_scale_of_their_own(root):
     assert panel.get_xlabel() == "val, scribble length 1 (about 3% px)"
     assert not panel.get_shared_y_axes().joined(panel, measured)
     for none in (None, {}, {"grid_gd": missing}):
-        assert len(by_length(root, robust(), published=none)[0].axes) == 1
+        assert len(by_length(runs, robust(), published=none)[0].axes) == 1
 
 
 def test_published_numbers_are_found_by_the_tables_reference():
@@ -169,14 +126,14 @@ def test_published_numbers_are_found_by_the_tables_reference():
     assert figures.published_by_method(dataclasses.replace(TABLE, references=())) == {}
 
 
-def test_another_percentage_can_stand_on_the_axis_and_nothing_else(root):
-    figure, found = by_length(root, [run("partial_ce")], metric="boundary_f")
-    value = 100 * final(root, run("partial_ce"), "boundary_f")
+def test_another_percentage_can_stand_on_the_axis_and_nothing_else(runs):
+    figure, found = by_length(runs, [run("partial_ce")], metric="boundary_f")
+    value = final(runs, run("partial_ce"))["boundary_f"]
     assert found["Partial CE"][0].get_ydata() == pytest.approx([value])
     assert figure.axes[0].get_ylabel() == "boundary F-score (%)"
     for name in ("nll", "potts"):
         with pytest.raises(SettingError, match=name):
-            figures.by_length([run("partial_ce")], root, metric=name)
+            figures.by_length([run("partial_ce")], runs, metric=name)
 
 
 # The robust loss
@@ -208,8 +165,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_outlier_model(classes):
 def test_the_extremes_are_cross_entropy_and_a_constant():
     left, right, *_ = figures.robust_loss_curves(6).axes
     shown = lines(left)
-    assert shown["ε = 0: cross-entropy"].get_ydata()[-1] == pytest.approx(0)
-    assert np.array(shown["ε = (C - 1) / C = 0.8333 (range 0 nats)"].get_ydata()) == pytest.approx(math.log(6))
+    assert shown["ε = 0: cross-entropy"][-1] == pytest.approx(0)
+    assert shown["ε = (C - 1) / C = 0.8333 (range 0 nats)"] == pytest.approx(math.log(6))
     assert np.array(right.lines[0].get_ydata()) == pytest.approx(1)
     assert "ε = 0.8082 for 0.944 at C = 21, length 100 % (range 0.17 nats)" in shown
     assert "ε = 0.9440, length 100 % (range 0.17 nats)" in lines(figures.robust_loss_curves(21).axes[0])
@@ -223,15 +180,12 @@ def test_an_epsilon_that_is_too_large_for_the_classes_is_refused():
 # Over training
 
 
-def test_energy_and_miou_are_means_over_seeds_with_their_range(root):
-    figure = figures.energy_curves([*robust(), run("adm")], root)
+def test_energy_and_miou_are_means_over_seeds_with_their_range(runs):
+    figure = figures.energy_curves([*robust(), run("adm")], runs)
     for axes, name in zip(figure.axes, ("potts_energy", "miou"), strict=True):
-        values = stored(root, robust(), name)
-        assert lines(axes)["Robust Grid-TR"].get_ydata() == pytest.approx(values.mean(0))
-        (band,) = axes.findobj(PolyCollection)
-        corners = band.get_paths()[0].vertices
-        at = corners[corners[:, 0] == STEPS[-1]][:, 1]
-        assert (at.min(), at.max()) == pytest.approx((values[:, -1].min(), values[:, -1].max()))
+        values = stored(runs, robust(), name)
+        assert lines(axes)["Robust Grid-TR"] == pytest.approx(values.mean(0))
+        assert band(axes, STEPS[-1]) == pytest.approx((values[:, -1].min(), values[:, -1].max()))
         assert "ADM (not run)" in lines(axes)
         assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [START]
         assert "stage 2" in texts(axes)
@@ -247,10 +201,10 @@ def test_the_first_stage_ends_where_the_history_says(copied):
     assert figures.stage_ends([run("partial_ce")], copied) == []
 
 
-def test_proposals_begin_with_the_second_stage(root):
-    figure = figures.proposal_curves([run("partial_ce"), run("trust_region"), *robust(), run("adm")], root)
+def test_proposals_begin_with_the_second_stage(runs):
+    figure = figures.proposal_curves([run("partial_ce"), run("trust_region"), *robust(), run("adm")], runs)
     for axes, name in zip(figure.axes, ("proposal_accuracy", "proposal_miou"), strict=True):
-        shown, values = np.array(lines(axes)["Robust Grid-TR"].get_ydata()), stored(root, robust(), name)
+        shown, values = lines(axes)["Robust Grid-TR"], stored(runs, robust(), name)
         late = np.array(STEPS) > START
         assert np.isnan(shown[~late]).all() and shown[late] == pytest.approx(values.mean(0)[late])
         assert not any("Partial" in label or "ADM" in label for label in lines(axes))
@@ -260,10 +214,10 @@ def test_proposals_begin_with_the_second_stage(root):
 # Images
 
 
-def test_scribbles_of_every_length_are_truth_where_a_pixel_is_reached(root):
+def test_scribbles_of_every_length_are_truth_where_a_pixel_is_reached(runs):
     item, lengths = run("partial_ce"), (0, 30, 50, 80, 100)
-    kept, colours = load_outputs(folder_of(item, root)), class_colours(6)
-    figure = panels.length_panels(item, root, images=2)
+    kept, colours = load_outputs(folder_of(item, runs)), class_colours(6)
+    figure = panels.length_panels(item, runs, images=2)
     for index, row in enumerate(np.array(figure.axes).reshape(2, 6)):
         truth = kept["pool_truth"][index].numpy()
         reach = reaches_of(truth[None])[0]
@@ -285,10 +239,10 @@ def test_of_scribbles_in_files_other_lengths_are_not_known(tmp_path):
     assert "Pascal VOC 2012, scribble length 80 %" in said and "other lengths of these scribbles are not known" in said
 
 
-def test_panels_are_picture_scribble_proposal_prediction_and_truth(root):
+def test_panels_are_picture_scribble_proposal_prediction_and_truth(runs):
     item = run("robust_trust_region")
-    kept, colours = load_outputs(folder_of(item, root)), class_colours(6)
-    figure = panels.proposal_panels(item, root, images=2)
+    kept, colours = load_outputs(folder_of(item, runs)), class_colours(6)
+    figure = panels.proposal_panels(item, runs, images=2)
     for index, row in enumerate(np.array(figure.axes).reshape(2, 5)):
         picture, scribble, *maps = (axes.images[0].get_array() for axes in row)
         assert (picture == kept["pool_images"][index].permute(1, 2, 0).numpy()).all()
@@ -309,34 +263,28 @@ def test_panels_are_picture_scribble_proposal_prediction_and_truth(root):
 
 
 def test_the_grey_of_a_picture_is_its_mean_over_colours():
-    picture = np.array([[[0, 0, 0], [255, 255, 255], [30, 60, 90]]], dtype=np.uint8)
-    scribbles = np.array([[255, 255, 2]], dtype=np.uint8)
-    shown = panels.scribbled(picture, scribbles, class_colours(6))
-    assert shown[0, 0] == pytest.approx([0.5] * 3) and shown[0, 1] == pytest.approx([1.0] * 3)
-    assert shown[0, 2] == pytest.approx(class_colours(6)[2])
+    picture = torch.tensor([[0, 255, 30], [0, 255, 60], [0, 255, 90]], dtype=torch.uint8)[:, None]
+    scribbles = torch.tensor([[255, 255, 2]], dtype=torch.uint8)
+    drawn = panels.scribbled(picture, scribbles, class_colours(6))
+    assert drawn[0] == pytest.approx(np.array([[0.5] * 3, [1.0] * 3, class_colours(6)[2]]))
     scribbles[0, 2] = 255
     assert panels.scribbled(picture, scribbles, class_colours(6))[0, 2] == pytest.approx([0.5 + 30 / 255] * 3)
 
 
-def test_methods_stand_beside_one_another_under_their_test_miou(root):
+def test_methods_stand_beside_one_another_under_their_test_miou(runs):
     shown = [run("partial_ce"), run("robust_trust_region"), run("full", 100)]
-    figure = panels.method_panels([*shown, run("adm")], root, images=1)
-    first, colours = load_outputs(folder_of(shown[0], root)), class_colours(6)
+    figure = panels.method_panels([*shown, run("adm")], runs, images=1)
+    first, colours = load_outputs(folder_of(shown[0], runs)), class_colours(6)
     assert len(figure.axes) == 6
     for axes, item, name in zip(
         figure.axes[2:], shown, ("Partial CE", "Robust Grid-TR", "Full\nsupervision"), strict=False
     ):
-        labels = load_outputs(folder_of(item, root))["pool_prediction"][0]
+        labels = load_outputs(folder_of(item, runs))["pool_prediction"][0]
         assert (axes.images[0].get_array() == colours[labels.numpy()]).all()
-        assert axes.get_title() == f"{name}\n{100 * final(root, item, 'miou'):.1f} %"
+        assert axes.get_title() == f"{name}\n{100 * final(runs, item)['miou']:.1f} %"
     assert (figure.axes[5].images[0].get_array() == colours[first["pool_truth"][0].numpy()]).all()
     said = texts(figure)
     assert "not run: ADM" in said and "scribble length 30 %, tiny scale, seed 0 (n = 1)" in said
-
-
-def test_seeds_of_a_method_are_told_apart(root):
-    said = texts(panels.method_panels(robust(), root, images=1))
-    assert "seed 0" in said and "seed 1" in said
 
 
 def test_runs_with_other_images_or_scribbles_are_not_shown_together(copied):
@@ -348,60 +296,9 @@ def test_runs_with_other_images_or_scribbles_are_not_shown_together(copied):
             panels.method_panels([run("partial_ce"), run("trust_region")], copied)
 
 
-# Of all
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda root: figures.by_length([run("adm")], root),
-        lambda root: figures.energy_curves([run("adm")], root),
-        lambda root: figures.proposal_curves([run("adm")], root),
-        lambda root: panels.proposal_panels(run("adm"), root),
-        lambda root: panels.method_panels([run("adm")], root),
-        lambda root: panels.length_panels(run("adm"), root),
-    ],
-)
-def test_missing_runs_are_named_in_the_figure(draw, root):
-    said = texts(draw(root))
-    assert NOT_RUN in said and "ADM" in said and "scribble length 30 %, tiny scale" in said
-
-
-def test_a_method_without_proposals_is_not_called_missing(root):
-    for said in (
-        texts(panels.proposal_panels(run("partial_ce"), root)),
-        texts(figures.proposal_curves([run("partial_ce")], root)),
-    ):
-        assert "nothing of this was kept: Partial CE" in said and NOT_RUN not in said
-
-
-def test_captions_say_data_length_scale_and_seeds(root):
-    for draw in (figures.by_length, figures.energy_curves, figures.proposal_curves):
-        assert "Fashion scenes, scribble length 30 %, tiny scale, seeds 0, 1 (n = 2)" in texts(draw(robust(), root))
-
-
-def test_the_papers_figures_have_names_of_their_own(root):
-    always = ["robust_loss", "main"]
-    assert [name for name, *_ in figures.trust_region_figures("tiny", (9,), root)] == always
-    drawn = {name: figure for name, _, figure in figures.trust_region_figures("tiny", (0, 1), root)}
-    assert len(drawn) == len(figures.trust_region_figures("tiny", (0, 1), root))
-    more = {"lengths", "boundaries", "energy", "proposals", "methods", "scribbles", "panels", "loss"}
-    assert {*always, *more} <= set(drawn)
+def test_the_papers_curves_have_full_supervision_last_from_the_length_that_it_ran_at(runs):
+    drawn = {name: figure for name, _, figure in figures.trust_region_figures("tiny", (0, 1), runs)}
     assert "ablation_epsilon" in drawn  # two of its rows have run
-    assert list(lines(drawn["energy"].axes[0]))[-2] == "Full supervision"  # from the length that it ran at, last
+    assert list(lines(drawn["energy"].axes[0]))[-2] == "Full supervision"
     assert len(drawn["lengths"].axes) == 2 and "65.8" in texts(drawn["lengths"])
     assert "C = 6 classes" in texts(drawn["robust_loss"])
-
-
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda root: figures.by_length([*robust(), run("full", 100)], root, {"full": NUMBERS["full"]}),
-        lambda root: figures.energy_curves(robust(), root),
-        lambda root: panels.proposal_panels(run("robust_trust_region"), root, images=1),
-        lambda root: figures.robust_loss_curves(6),
-    ],
-)
-def test_equal_results_give_equal_bytes(draw, root):
-    first = style.to_png(draw(root))
-    assert first == style.to_png(draw(root)) and first.startswith(b"\x89PNG")
