@@ -12,21 +12,22 @@ from torch import Tensor, nn
 
 from repro.data.augment import Views
 from repro.methods.few_labels.common import (
+    Checked,
+    FewLabels,
     average_margins,
     consistency_loss,
     last_of_each,
     margins,
     pseudo_label,
     three_views,
-    zeroed_margins,
 )
 from repro.methods.few_labels.fixmatch import flexible_threshold, learning_status, remember
-from repro.settings import check, hyper
-from repro.train import Items, Losses, Method, Now, PseudoLabels
+from repro.settings import hyper
+from repro.train import Items, Losses, Now, PseudoLabels
 
 
 @dataclass(frozen=True)
-class MarginMatchSettings:
+class MarginMatchSettings(Checked):
     threshold: float = hyper(0.95, "tau", "FlexMatch; released code", low=0, high=1)
     unlabelled_weight: float = hyper(1.0, "lambda_u", "released code", low=0)
     threshold_warmup: bool = hyper(True, "", "FlexMatch, Eq. 11; released code")
@@ -38,21 +39,10 @@ class MarginMatchSettings:
     subset_share: float = hyper(0.01, "", "released code; at most 1/K of the pool either way", low=0, high=1)
     subset_until: float = hyper(0.9, "", "released code: fraction of training after which none is", low=0, high=1)
     percentile: float = hyper(0.95, "", "released configs: 95; share of the subset's APM below gamma", low=0, high=1)
-    percentile_rule: str = hyper(
-        "quantile",
-        "",
-        "quantile: ours, as the text has it; released divides by 100 twice and reads a descending list near its top",
-        choices=("quantile", "released"),
-    )
-    runner_up: str = hyper(
-        "true", "", "zeroed: released code seeks the second logit after zeroing the first", choices=("true", "zeroed")
-    )
-    apm_class: str = hyper(
-        "pseudo_label", "", "argmax: released code's, over K + 1 logits", choices=("pseudo_label", "argmax")
-    )
-
-    def __post_init__(self):
-        check(self)
+    # One choice each: the released code reads these three otherwise, and run ids contain them.
+    percentile_rule: str = hyper("quantile", "", "MarginMatch's text", choices=("quantile",))
+    runner_up: str = hyper("true", "", "MarginMatch's text", choices=("true",))
+    apm_class: str = hyper("pseudo_label", "", "MarginMatch's text", choices=("pseudo_label",))
 
 
 class ExtraClassNetwork(nn.Module):
@@ -80,17 +70,7 @@ class ExtraClassNetwork(nn.Module):
         return torch.cat([self.network.head(features), self.extra(features)], dim=1)
 
 
-def margin_threshold(apm: Tensor, percentile: float, rule: str = "quantile") -> Tensor:
-    """gamma, 0-dim, from the mislabelled subset's APM at the extra class.
-
-    apm: (n,), n at least 1; percentile: in [0, 1]; rule: see `MarginMatchSettings.percentile_rule`.
-    """
-    if rule == "quantile":
-        return apm.quantile(percentile)
-    return apm.sort(descending=True).values[int(len(apm) * percentile // 100)]
-
-
-class MarginMatch(Method):
+class MarginMatch(FewLabels):
     """L = CE(labelled) + lambda_u mean_b w_b CE(c_b, strong_b), over K + 1 classes.
 
     w_b = 1[m_b >= tau_c] 1[APM_bc >= gamma], or, for a mislabelled image, c_b = K and w_b = the share of the batch that
@@ -100,9 +80,7 @@ class MarginMatch(Method):
     Settings = MarginMatchSettings
 
     def __init__(self, settings: MarginMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.settings, self.views, self.classes = settings, views, classes
-        self.network = ExtraClassNetwork(network)
+        super().__init__(settings, ExtraClassNetwork(network), views, classes, pool_size)
         subset = max(1, min(int(pool_size * settings.subset_share), pool_size // classes))
         self.register_buffer("selected", torch.full((pool_size,), -1, dtype=torch.int64))
         self.register_buffer("apm", torch.zeros(pool_size, classes + 1))
@@ -130,13 +108,11 @@ class MarginMatch(Method):
             self.subset_apm = torch.zeros_like(self.subset_apm)
             self.subset_visits = torch.zeros_like(self.subset_visits)
         elif age > 0 and now.step % settings.refresh_every == 0 and age % settings.redraw_every > settings.delay:
-            at_extra = self.subset_apm[self.subset, self.classes]
-            self.gamma = margin_threshold(at_extra, settings.percentile, settings.percentile_rule)
+            self.gamma = self.subset_apm[self.subset, self.classes].quantile(settings.percentile)
 
     def record(self, index: Tensor, logits: Tensor) -> Tensor:
         """APM (U, K + 1) of the batch, after it has taken in the weak logits (U, K + 1)."""
-        margin = (zeroed_margins if self.settings.runner_up == "zeroed" else margins)(logits)
-        mislabelled, counted = self.mislabelled[index], last_of_each(index)
+        margin, mislabelled, counted = margins(logits), self.mislabelled[index], last_of_each(index)
         self.apm, self.apm_visits = average_margins(
             self.apm, self.apm_visits, index, margin, self.settings.delta, counted & ~mislabelled
         )
@@ -157,8 +133,7 @@ class MarginMatch(Method):
         beta = learning_status(self.selected, self.classes, settings.threshold_warmup)
         mask = confidence >= flexible_threshold(beta, settings.threshold)[label]
         if now.step >= settings.warmup:
-            column = label if settings.apm_class == "pseudo_label" else weak_logits.argmax(dim=1)
-            mask = mask & (apm.gather(1, column[:, None])[:, 0] >= self.gamma)
+            mask = mask & (apm.gather(1, label[:, None])[:, 0] >= self.gamma)
         confident = (confidence >= settings.threshold) & ~mislabelled
         self.selected = remember(self.selected, index, label, confident)
         target = torch.where(mislabelled, self.classes, label)
