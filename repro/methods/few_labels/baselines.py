@@ -122,7 +122,12 @@ class UDASettings(Checked):
     annealing: str = hyper(
         "none", "TSA", "released code (USB, TorchSSL): none", choices=("none", "linear", "exp", "log")
     )
-    annealing_rule: str = hyper("toolbox", "", "USB, TorchSSL: by the top class, mean over B", choices=("toolbox",))
+    annealing_rule: str = hyper(
+        "toolbox",
+        "",
+        "toolbox (USB, TorchSSL): top class, mean over B; paper (Google's): true class, mean over the kept",
+        choices=("toolbox", "paper"),
+    )
 
 
 def annealed_threshold(schedule: str, progress: float, classes: int) -> float:
@@ -136,13 +141,17 @@ def annealed_threshold(schedule: str, progress: float, classes: int) -> float:
     return share * (1 - 1 / classes) + 1 / classes
 
 
-def annealed_loss(logits: Tensor, labels: Tensor, threshold: float) -> Tensor:
-    """sum_b 1[max_c p_bc <= threshold] CE(y_b, p_b) / B.
+def annealed_loss(logits: Tensor, labels: Tensor, threshold: float, rule: str = "toolbox") -> Tensor:
+    """Cross-entropy of the labelled samples whose probability is at most `threshold`.
 
-    logits: (B, K); labels: (B,). Source: released code (USB, TorchSSL); the paper looks at the true class instead.
+    logits: (B, K); labels: (B,); rule: see `UDASettings.annealing_rule`. 0 when none is kept.
+    Source: released code (TorchSSL; google-research/fixmatch).
     """
-    kept = (logits.detach().softmax(dim=1).amax(dim=1) <= threshold).to(logits.dtype)
-    return (F.cross_entropy(logits, labels, reduction="none") * kept).sum() / len(logits)
+    probs = logits.detach().softmax(dim=1)
+    known = probs.amax(dim=1) if rule == "toolbox" else probs.gather(1, labels[:, None])[:, 0]
+    kept = (known <= threshold).to(logits.dtype)
+    total = (F.cross_entropy(logits, labels, reduction="none") * kept).sum()
+    return total / (len(logits) if rule == "toolbox" else kept.sum().clamp(min=1))
 
 
 def soft_consistency_loss(strong_logits: Tensor, weak_logits: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -167,7 +176,7 @@ class UDA(FewLabels):
         consistency = soft_consistency_loss(strong_logits, weak_logits, mask, settings.temperature)
         return Losses(
             {
-                "supervised": annealed_loss(logits, labelled.labels, eta),
+                "supervised": annealed_loss(logits, labelled.labels, eta, settings.annealing_rule),
                 "consistency": settings.unlabelled_weight * consistency,
             },
             {"positive": PseudoLabels(unlabelled.index, label, mask, confidence)},

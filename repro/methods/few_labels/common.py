@@ -203,6 +203,18 @@ def margins(logits: Tensor) -> Tensor:
     return (logits - first[:, None]).scatter(1, leader, (first - second)[:, None])
 
 
+def zeroed_margins(logits: Tensor) -> Tensor:
+    """`margins` as MarginMatch's released code has them: the runner-up is sought after the top logit was set to 0.
+
+    So the argmax's margin is the whole top logit where all others are negative. Shapes as in `margins`.
+    """
+    logits = logits.detach()
+    first = logits.amax(dim=1, keepdim=True)
+    leads = logits == first
+    second = logits.masked_fill(leads, 0).amax(dim=1, keepdim=True)
+    return torch.where(leads, logits - second, logits - first)
+
+
 def last_of_each(index: Tensor) -> Tensor:
     """Mask (n,) of the last occurrence of each value of index (n,)."""
     return repeats(index)[1] == torch.arange(len(index), device=index.device)

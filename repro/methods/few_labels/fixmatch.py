@@ -103,7 +103,12 @@ class FreeMatchSettings(Checked):
     statistic: str = hyper(
         "mean", "", "of the confidences: mean (USB's configs) or their .8 quantile", choices=("mean", "quantile")
     )
-    clip: str = hyper("none", "", "usb: tau is at most .95, on SVHN", choices=("none", "usb"))
+    clip: str = hyper(
+        "none",
+        "",
+        "on SVHN, usb: tau is at most .95; torchssl: each class's threshold lies in [.9, .95]; elsewhere none",
+        choices=("none", "usb", "torchssl"),
+    )
 
 
 def histogram(label: Tensor, weight: Tensor, classes: int) -> Tensor:
@@ -134,6 +139,16 @@ def fairness_loss(strong_logits: Tensor, mask: Tensor, marginal: Tensor, label_h
     return (target * (predicted + 1e-12).log()).sum() * mask.any()
 
 
+def self_adaptive_threshold(tau: Tensor, marginal: Tensor, clip: str = "none") -> Tensor:
+    """tau_c = tau * p_c / max_k p_k.
+
+    tau: 0-dim; marginal: p (K,); clip: see `FreeMatchSettings.clip`, of which `torchssl` acts here.
+    Source: FreeMatch (self-adaptive threshold); released code.
+    """
+    threshold = tau * marginal / marginal.max()
+    return threshold.clamp(0.9, 0.95) if clip == "torchssl" else threshold
+
+
 class FreeMatch(WeakToStrong):
     """L = CE(labelled) + w_u mean_b 1[m_b >= tau_c] CE(c_b, strong_b) + w_f * fairness."""
 
@@ -154,8 +169,7 @@ class FreeMatch(WeakToStrong):
         self.marginal = decay * self.marginal + (1 - decay) * probs.mean(dim=0)
         counts = histogram(label, torch.ones_like(confidence), self.classes)
         self.label_histogram = decay * self.label_histogram + (1 - decay) * counts / len(label)
-        threshold = self.tau * self.marginal / self.marginal.max()  # self-adaptive, by class
-        return confidence >= threshold[label]
+        return confidence >= self_adaptive_threshold(self.tau, self.marginal, settings.clip)[label]
 
     def unlabelled(self, weak_logits: Tensor, strong_logits: Tensor, index: Tensor) -> Losses:
         label, confidence = pseudo_label(weak_logits)

@@ -20,6 +20,7 @@ from repro.methods.few_labels.common import (
     margins,
     pseudo_label,
     three_views,
+    zeroed_margins,
 )
 from repro.methods.few_labels.fixmatch import flexible_threshold, learning_status, remember
 from repro.settings import hyper
@@ -39,10 +40,28 @@ class MarginMatchSettings(Checked):
     subset_share: float = hyper(0.01, "", "released code; at most 1/K of the pool either way", low=0, high=1)
     subset_until: float = hyper(0.9, "", "released code: fraction of training after which none is", low=0, high=1)
     percentile: float = hyper(0.95, "", "released configs: 95; share of the subset's APM below gamma", low=0, high=1)
-    # One choice each: the released code reads these three otherwise, and run ids contain them.
-    percentile_rule: str = hyper("quantile", "", "MarginMatch's text", choices=("quantile",))
-    runner_up: str = hyper("true", "", "MarginMatch's text", choices=("true",))
-    apm_class: str = hyper("pseudo_label", "", "MarginMatch's text", choices=("pseudo_label",))
+    percentile_rule: str = hyper(
+        "quantile",
+        "",
+        "quantile: ours, as the text has it; released divides by 100 twice and reads a descending list near its top",
+        choices=("quantile", "released"),
+    )
+    runner_up: str = hyper(
+        "true", "", "zeroed: released code seeks the second logit after zeroing the first", choices=("true", "zeroed")
+    )
+    apm_class: str = hyper(
+        "pseudo_label", "", "argmax: released code's, over K + 1 logits", choices=("pseudo_label", "argmax")
+    )
+
+
+def margin_threshold(apm: Tensor, percentile: float, rule: str = "quantile") -> Tensor:
+    """gamma, 0-dim, from the mislabelled subset's APM at the extra class.
+
+    apm: (n,), n at least 1; percentile: in [0, 1]; rule: see `MarginMatchSettings.percentile_rule`.
+    """
+    if rule == "quantile":
+        return apm.quantile(percentile)
+    return apm.sort(descending=True).values[int(len(apm) * percentile // 100)]
 
 
 class ExtraClassNetwork(nn.Module):
@@ -108,11 +127,13 @@ class MarginMatch(FewLabels):
             self.subset_apm = torch.zeros_like(self.subset_apm)
             self.subset_visits = torch.zeros_like(self.subset_visits)
         elif age > 0 and now.step % settings.refresh_every == 0 and age % settings.redraw_every > settings.delay:
-            self.gamma = self.subset_apm[self.subset, self.classes].quantile(settings.percentile)
+            at_extra = self.subset_apm[self.subset, self.classes]
+            self.gamma = margin_threshold(at_extra, settings.percentile, settings.percentile_rule)
 
     def record(self, index: Tensor, logits: Tensor) -> Tensor:
         """APM (U, K + 1) of the batch, after it has taken in the weak logits (U, K + 1)."""
-        margin, mislabelled, counted = margins(logits), self.mislabelled[index], last_of_each(index)
+        margin = (zeroed_margins if self.settings.runner_up == "zeroed" else margins)(logits)
+        mislabelled, counted = self.mislabelled[index], last_of_each(index)
         self.apm, self.apm_visits = average_margins(
             self.apm, self.apm_visits, index, margin, self.settings.delta, counted & ~mislabelled
         )
@@ -133,7 +154,8 @@ class MarginMatch(FewLabels):
         beta = learning_status(self.selected, self.classes, settings.threshold_warmup)
         mask = confidence >= flexible_threshold(beta, settings.threshold)[label]
         if now.step >= settings.warmup:
-            mask = mask & (apm.gather(1, label[:, None])[:, 0] >= self.gamma)
+            column = label if settings.apm_class == "pseudo_label" else weak_logits.argmax(dim=1)
+            mask = mask & (apm.gather(1, column[:, None])[:, 0] >= self.gamma)
         confident = (confidence >= settings.threshold) & ~mislabelled
         self.selected = remember(self.selected, index, label, confident)
         target = torch.where(mislabelled, self.classes, label)

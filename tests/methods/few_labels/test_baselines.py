@@ -243,3 +243,16 @@ def test_losses_of_a_step_of_uda(changes, kept_samples):
     positive = losses.pseudo["positive"]
     assert positive.mask.tolist() == mask.tolist() and positive.label.tolist() == weak.argmax(1).tolist()
     np.testing.assert_allclose(positive.confidence, weak.max(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["toolbox", "paper"])
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8, 1.0])
+def test_annealed_loss_of_both_rules_by_loops(rule, threshold):
+    logits, labels = torch.randn(9, 3, dtype=torch.float64) * 2, torch.tensor([0, 1, 2] * 3)
+    probs, total, kept = logits.softmax(1).tolist(), 0.0, 0
+    for row in range(9):
+        known = max(probs[row]) if rule == "toolbox" else probs[row][labels[row]]
+        if known <= threshold:
+            total, kept = total - math.log(probs[row][labels[row]]), kept + 1
+    expected = total / 9 if rule == "toolbox" else total / max(kept, 1)
+    assert annealed_loss(logits, labels, threshold, rule).item() == pytest.approx(expected, rel=1e-9)

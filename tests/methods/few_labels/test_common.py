@@ -18,6 +18,7 @@ from repro.methods.few_labels.common import (
     margins,
     mixup,
     sharpen,
+    zeroed_margins,
 )
 from tests.methods.few_labels.fakes import TinyNetwork, bn_state
 
@@ -216,3 +217,16 @@ def test_chunked_logits_pass_gradients_from_every_chunk():
     logits = chunked_logits(TinyNetwork(), images, 2, True)
     (logits * torch.randn(6, 3)).sum().backward()
     assert (images.grad.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_zeroed_margins_follow_the_released_steps():
+    """The runner-up of all-negative logits is the zero in place of the top one, so the lead there is wrong."""
+    got = zeroed_margins(torch.tensor([[2.0, 5.0, 1.0], [-3.0, -1.0, -2.0], [4.0, 4.0, 0.0]]))
+    assert got.tolist() == [[-3, 3, -4], [-2, -1, -1], [4, 4, -4]]
+    logits = np.random.default_rng(0).normal(size=(40, 5)) * 3
+    expected = np.empty_like(logits)
+    for row, z in enumerate(logits):
+        others = [0.0 if j == z.argmax() else value for j, value in enumerate(z)]
+        expected[row] = z - z.max()
+        expected[row, z.argmax()] = z.max() - max(others)
+    np.testing.assert_allclose(zeroed_margins(torch.tensor(logits)), expected, atol=1e-12)

@@ -24,6 +24,7 @@ from repro.methods.few_labels.fixmatch import (
     gaussian_weight,
     learning_status,
     remember,
+    self_adaptive_threshold,
 )
 from tests.methods.few_labels.fakes import (
     CLASSES,
@@ -375,3 +376,10 @@ def test_losses_of_a_step_of_softmatch(alignment):
     np.testing.assert_allclose(positive.mask, weight, rtol=1e-3)
     np.testing.assert_allclose(positive.confidence, weak.max(1), rtol=1e-5)
     assert all(gradient_reaches(term, method.network.parameters()) for term in losses.terms.values())
+
+
+def test_self_adaptive_threshold_by_hand():
+    marginal, tau = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), torch.tensor(0.96, dtype=torch.float64)
+    for clip in ("none", "usb"):
+        assert self_adaptive_threshold(tau, marginal, clip).tolist() == pytest.approx([0.96, 0.48, 0.48])
+    assert self_adaptive_threshold(tau, marginal, "torchssl").tolist() == pytest.approx([0.95, 0.9, 0.9])

@@ -9,6 +9,7 @@ from repro.methods.few_labels.marginmatch import (
     ExtraClassNetwork,
     MarginMatch,
     MarginMatchSettings,
+    margin_threshold,
 )
 from tests.methods.few_labels.fakes import (
     CLASSES,
@@ -200,3 +201,13 @@ def test_mislabelled_images_are_taught_the_extra_class():
     assert gradient[14, CLASSES] < 0
     others = [row for row in range(12, 20) if row != 14]
     assert (gradient[others, CLASSES] >= 0).all() and not losses.pseudo["positive"].mask[2]
+
+
+@pytest.mark.parametrize("n", [1, 2, 20, 137])
+def test_gamma_is_a_percentile_or_near_the_top(n):
+    apm = torch.randn(n, dtype=torch.float64)
+    for percentile in (0.0, 0.5, 0.95, 1.0):
+        assert margin_threshold(apm, percentile).item() == pytest.approx(np.quantile(apm, percentile))
+    # .95 of a hundredth of the way down the descending list
+    ranked = sorted(apm.tolist(), reverse=True)
+    assert margin_threshold(apm, 0.95, "released").item() == ranked[1 if n == 137 else 0]
