@@ -143,7 +143,7 @@ def compare(experiment: Experiment, metrics: Mapping[str, Any], committed: pd.Da
     if len(own) and first["finished"] == str(metrics["provenance"].get("finished")):
         why = THE_SAME
     same, rows = why in ("", THE_SAME), []
-    for name in dict.fromkeys(PAPERS[experiment.paper].HEADLINES):
+    for name in dict.fromkeys(PAPERS[experiment.paper].spec.headlines):
         value, numbers = measured.get(name), own.loc[own["metric"] == name, "value"]
         if numbers.empty:
             because = "no committed run" if own.empty else "the committed run has no such metric"

@@ -271,7 +271,7 @@ def _histogram(axes: Axes, margins: Margins, kind: str) -> None:
 def calibratemix_figures(scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     """As `labels.commatch_figures`."""
     module = PAPERS["calibratemix"]
-    table = module.TABLES["main"]
+    table = module.tables["main"]
     experiments = module.main_experiments(scale, seeds)
     column = column_of(experiments[0])
     alone = {row.method: row for row in table.rows if row.method != "calibratemix"}

@@ -490,11 +490,11 @@ def table_figures(paper: str, scale: str, seeds: Sequence[int], root: Root = Non
     """A paper's first table where its main job runs, and the ablations of which two rows or more have been run."""
     module = PAPERS[paper]
     experiments = module.main_experiments(scale, seeds)
-    table, column = next(iter(module.TABLES.values())), column_of(experiments[0])
+    table, column = next(iter(module.tables.values())), column_of(experiments[0])
     rows = [row.label for row in table.rows if table.cell(row, column, scale, seeds)[0] in experiments]
-    how = {"root": root, "metrics": module.HEADLINES}
+    how = {"root": root, "metrics": module.spec.headlines}
     drawn = [("main", table.title, table_points(table.only(rows), scale, seeds, column=column, **how))]
-    for name, ablation in module.ABLATIONS.items():
+    for name, ablation in module.ablations.items():
         if filled(ablation, ablation.columns_at(scale)[0], scale, seeds, root) > 1:
             drawn += [(f"ablation_{name}", ablation.title, table_points(ablation, scale, seeds, **how))]
     return drawn

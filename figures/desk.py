@@ -257,7 +257,7 @@ def train_base(request: Request) -> pd.DataFrame:
 
 def numbers(experiments: Iterable[Experiment], request: Request) -> pd.DataFrame:
     """The metrics of the paper's first table for single runs, as text; accuracy beside an error."""
-    names = next(iter(request.module.TABLES.values())).metrics
+    names = next(iter(request.module.tables.values())).metrics
     names = ("accuracy", *names) if "error" in names else names
     rows = {}
     for experiment in experiments:
@@ -298,9 +298,9 @@ def commands(experiments: Iterable[Experiment]) -> Styler:
 def beside_published(request: Request, table: str | None = None) -> Styler:
     """The runs of a notebook in one of their paper's tables, a column each: measured, published, and the difference
     where like is compared with like. table: by default the first that has the runs' data."""
-    of_data = (one for one in request.module.TABLES.values()
+    of_data = (one for one in request.module.tables.values()
                if request.experiment.data in {column.data for column in one.columns_at(request.scale)})  # fmt: skip
-    whole = request.module.TABLES[table] if table else next(of_data, next(iter(request.module.TABLES.values())))
+    whole = request.module.tables[table] if table else next(of_data, next(iter(request.module.tables.values())))
     published = {row.method: row.published for row in reversed(whole.rows)}
     rows = tuple(
         Row(style.label_of(item), item.method, dict(item.overrides), published[item.method])
@@ -329,7 +329,7 @@ def measured_by_class(request: Request) -> Styler:
 
 def published_by_class(paper: str) -> Styler:
     """The published IoU in percent of every class, a row a method, with their sources."""
-    rows = [row for row in PAPERS[paper].PUBLISHED if row.metric == "seg_iou"]
+    rows = [row for row in PAPERS[paper].spec.published if row.metric == "seg_iou"]
     frame = pd.DataFrame([(row.method, row.setting, str(row)) for row in rows], columns=["method", "class", "IoU"])
     frame = frame.pivot(index="method", columns="class", values="IoU")[list(dict.fromkeys(row.setting for row in rows))]
     where = ", ".join(dict.fromkeys(f"{row.paper}, {row.table}, {row.dataset} {row.split}" for row in rows))
@@ -352,7 +352,7 @@ def ablation_list(paper: str) -> Styler:
     """Every ablation of a paper as parameters: what to set as `overrides` (and `method`) to run it."""
     rows = [
         (table.title, row.label, row.method, json.dumps(dict(row.overrides)))
-        for table in PAPERS[paper].ABLATIONS.values()
+        for table in PAPERS[paper].ablations.values()
         for row in table.rows
     ]
     columns = ["ablation", "variation", "method", "overrides"]
@@ -361,7 +361,7 @@ def ablation_list(paper: str) -> Styler:
 
 def heading(request: Request) -> Markdown:
     """The paper's title, and what a reader has to know about its sources."""
-    return Markdown(f"**{request.module.TITLE}**\n\n{request.module.NOTE}")
+    return Markdown(f"**{request.module.spec.title}**\n\n{request.module.spec.note}")
 
 
 def show_texts(paper: str) -> None:
@@ -383,7 +383,7 @@ def blocks(table: Table, request: Request, rows: int) -> list[tuple[str, pd.Data
 def show_tables(request: Request, ablations: bool = False) -> None:
     """Each table (or ablation) of the paper: a block a measured column with runs, and its notes; names of the rest."""
     absent = []
-    for table in (request.module.ABLATIONS if ablations else request.module.TABLES).values():
+    for table in (request.module.ablations if ablations else request.module.tables).values():
         found, told = blocks(table, request, 2 if ablations else 1), []
         for title, laid, notes in found:
             display(Markdown(f"#### {title}"))
@@ -405,9 +405,9 @@ def show_figures(request: Request) -> None:
 def show_ablations(request: Request) -> None:
     """A figure for each ablation of which two rows or more have been run, and the names of the others."""
     absent = []
-    for table in request.module.ABLATIONS.values():
+    for table in request.module.ablations.values():
         if blocks(table, request, 2):
-            display(table_points(table, *request.how, metrics=request.module.HEADLINES))
+            display(table_points(table, *request.how, metrics=request.module.spec.headlines))
         else:
             absent.append(table.title)
     _not_run(absent, request)
@@ -420,7 +420,7 @@ def _not_run(titles: Sequence[str], request: Request) -> None:
 
 def decided(request: Request, paper: str) -> list[claims.Verdict]:
     """The verdict on each claim of a paper."""
-    return [claims.decide(claim, *request.how) for claim in PAPERS[paper].CLAIMS.values()]
+    return [claims.decide(claim, *request.how) for claim in PAPERS[paper].claims.values()]
 
 
 def verdicts(request: Request) -> Styler:
@@ -437,7 +437,7 @@ def finished_table(request: Request) -> Styler:
     for run, saved in _finished(request, [request.paper]).items():
         origin, spent = saved["provenance"], saved["cost"]
         rows[run] = {
-            "result": sentence(saved["reported"]["last"]["ema"], request.module.HEADLINES),
+            "result": sentence(saved["reported"]["last"]["ema"], request.module.spec.headlines),
             "training": f"{spent['train_seconds']:.0f} s",
             "device, precision, threads": _device(origin),
             "commit": f"{(origin['commit'] or 'unknown')[:10]}{' + changes' if origin['dirty'] else ''}",
@@ -459,7 +459,7 @@ def _device(origin: dict[str, Any]) -> str:
 
 
 def _short(paper: str) -> str:
-    return PAPERS[paper].TITLE.partition(":")[0]
+    return PAPERS[paper].spec.title.partition(":")[0]
 
 
 def cost(request: Request) -> Styler:
@@ -494,8 +494,8 @@ def _cost(found: Sequence[dict[str, Any]]) -> dict[str, str]:
 def papers() -> Styler:
     """The papers, what they learn from, their methods and data sets."""
     rows = {
-        name: {"title": paper.TITLE, "methods": ", ".join(paper.METHODS), "data": ", ".join(paper.DATA),
-               "tables": len(paper.TABLES), "ablations": len(paper.ABLATIONS), "claims": len(paper.CLAIMS)}
+        name: {"title": paper.spec.title, "methods": ", ".join(paper.spec.methods), "data": ", ".join(paper.spec.data),
+               "tables": len(paper.tables), "ablations": len(paper.ablations), "claims": len(paper.claims)}
         for name, paper in PAPERS.items()
     }  # fmt: skip
     return text_table(pd.DataFrame.from_dict(rows, orient="index").rename_axis("paper"))

@@ -88,7 +88,7 @@ def supervised(scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | 
     points: list[Point] = []
     full: dict[tuple[Experiment, ...], Point] = {}  # its columns share their runs
     for paper in PAPERS.values():
-        table = next(iter(paper.TABLES.values()))
+        table = next(iter(paper.tables.values()))
         for column in (column for column in table.columns_at(scale) if column.data == "scenes"):
             for row in table.rows:
                 cell = tuple(table.cell(row, column, scale, seeds))
@@ -97,14 +97,14 @@ def supervised(scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | 
                 if sees_all_masks(cell[0]):
                     full[cell] = _point(FULL, row.label, "all masks", cell, root, SEGMENTED, effort_of(cell[0]))
                 else:
-                    kind, effort = KINDS[paper.BUDGET], effort_of(cell[0])
+                    kind, effort = KINDS[paper.spec.supervision.budget], effort_of(cell[0])
                     points.append(_point(kind, row.label, column.budget, cell, root, SEGMENTED, effort))
     return [*points, *full.values()]
 
 
 def sees_all_masks(item: Experiment) -> bool:
     """Whether the method is full supervision, whatever budget its record states."""
-    return PAPERS[item.paper].BUDGET == SCRIBBLES and sees_masks(item)
+    return PAPERS[item.paper].spec.supervision.budget == SCRIBBLES and sees_masks(item)
 
 
 def effort_of(item: Experiment) -> Effort:
@@ -112,7 +112,7 @@ def effort_of(item: Experiment) -> Effort:
     if item.data != "scenes":
         raise ValueError(f"effort can be counted on scenes; this experiment is on {item.data}")
     recipe = resolve(item)
-    kind = FULL if sees_all_masks(item) else KINDS[PAPERS[item.paper].BUDGET]
+    kind = FULL if sees_all_masks(item) else KINDS[PAPERS[item.paper].spec.supervision.budget]
     budget = 0 if kind == FULL else item.labels
     return count(kind, budget, item.seed, recipe.images, recipe.crop, getattr(recipe, "width", 1))
 
@@ -164,12 +164,12 @@ def classified(scale: str = "mini", seeds: Sequence[int] = (0, 1), root: Path | 
     points: dict[tuple[str, ...], Point] = {}
     column = None
     for name, paper in PAPERS.items():
-        if paper.BUDGET != LABELS:
+        if paper.spec.supervision.budget != LABELS:
             continue
         column = column or column_of(paper.main_experiments(scale, seeds)[0])
-        for row in next(iter(paper.TABLES.values())).rows:
+        for row in next(iter(paper.tables.values())).rows:
             cell = [experiment(name, row, column, scale, seed) for seed in seeds]
-            point = _point(paper.TITLE.partition(":")[0], row.label, column.title, cell, root, CLASSIFIED)
+            point = _point(paper.spec.title.partition(":")[0], row.label, column.title, cell, root, CLASSIFIED)
             points.setdefault(tuple(map(run_id, cell)), point)
     labels = [point.label for point in points.values()]
     return [

@@ -189,7 +189,7 @@ def csl_figures(scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
     module = PAPERS["csl"]
     experiments = module.main_experiments(scale, seeds)
     finished = [item for item in experiments if is_finished(item, root)]
-    table = next(iter(module.TABLES.values()))
+    table = next(iter(module.tables.values()))
     drawn: Drawn = []
     for item in [item for item in finished if item.method == "csl"][:1]:
         drawn += [

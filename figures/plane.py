@@ -78,7 +78,7 @@ class Moment:
         return reliable_statistics(self.confidence, self.residual, cluster, valid)
 
     def weight(self, **rule: Any) -> Tensor:
-        """CSL's weight (P, H, W), each image by its own split. rule: of `separation.pixel_weights`."""
+        """CSL's weight (P, H, W), each image by its own split. rule: of `csl.pixel_weights`."""
         valid = torch.ones_like(self.known)
         return pixel_weights(self.confidence, self.residual, valid, self.reliable(), **rule)
 
@@ -126,7 +126,7 @@ def confidence_plane(
     """Pixels by confidence and residual variance, right and wrong, what a threshold keeps and what CSL (CSL, Fig. 1).
 
     image: one of the kept images of the pool, or "all", each with a boundary of its own. moment: of the evaluations,
-    counted as in a sequence. threshold: kept from there on. alpha, rule, features: of `separation.pixel_weights`.
+    counted as in a sequence. threshold: kept from there on. alpha, rule, features: of `csl.pixel_weights`.
     Both axes are logarithmic, of 1 - c and of r; what lies beyond `UNSURE`, `CERTAIN` or `SMALLEST` is on the frame.
     Raises SettingError for an image or a moment that is not there.
     """
@@ -241,7 +241,7 @@ def weight_maps(
     """Images of the pool with truth, pseudo-label, its errors, the threshold's choice and CSL's weight.
 
     images: how many, from the first. moment: of the evaluations, counted as in a sequence. rule: of
-    `separation.pixel_weights`. Under the maps: what they keep. Raises SettingError for a moment that is not there.
+    `csl.pixel_weights`. Under the maps: what they keep. Raises SettingError for a moment that is not there.
     """
     found = read_moment(experiment, root, moment)
     if found is None:

@@ -22,12 +22,12 @@ def markdown(request: desk.Request) -> Iterator[str]:
     made = f"make reproduce SCALE={request.scale} SEEDS={len(request.seeds)}"
     yield f"Written by `{made}` from run records; do not edit.\n"
     for name, paper in PAPERS.items():
-        yield f"## {paper.TITLE}\n\n{paper.NOTE}\n"
-        for table in (*paper.TABLES.values(), *paper.ABLATIONS.values()):
+        yield f"## {paper.spec.title}\n\n{paper.spec.note}\n"
+        for table in (*paper.tables.values(), *paper.ablations.values()):
             for title, laid, notes in desk.blocks(table, request, 2):
                 yield "\n".join([f"### {title}\n\n{tables.to_markdown(laid)}", *(f"- {note}" for note in notes), ""])
         columns = ["claim", "verdict", "effect", "95 % interval", "n", "published effect"]
         frame = claims.as_frame(desk.decided(request, name))[columns].set_index("claim")
         frame = frame.replace({"published effect": {"": "not available"}})
-        where = f"Verdicts hold {claims.scope(paper.CLAIMS.values(), request.scale)} only."
+        where = f"Verdicts hold {claims.scope(paper.claims.values(), request.scale)} only."
         yield f"### Claims\n\n{tables.to_markdown(frame)}\n{where}\n\n"

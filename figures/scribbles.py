@@ -245,7 +245,7 @@ def trust_region_figures(scale: str, seeds: Sequence[int], root: Root = None) ->
     main job's experiments, and of all others of the first table that are finished.
     """
     module = PAPERS["trust_region"]
-    experiments, table = module.main_experiments(scale, seeds), next(iter(module.TABLES.values()))
+    experiments, table = module.main_experiments(scale, seeds), next(iter(module.tables.values()))
     classes = len(common.classes_of(experiments[0].data))
     drawn: Drawn = [("robust_loss", "The robust loss", robust_loss_curves(classes))]
     every = list(dict.fromkeys([*table.experiments(scale, seeds), *experiments]))

@@ -130,7 +130,7 @@ def setting(experiments: Iterable[Experiment]) -> str:
     """`Fashion-MNIST part, 100 labels, mini scale`."""
     experiments = list(experiments)
     data = " / ".join(TITLES.get(name, name) for name in dict.fromkeys(item.data for item in experiments))
-    words = next((PAPERS[item.paper].BUDGET for item in experiments), LABELS)
+    words = next((PAPERS[item.paper].spec.supervision.budget for item in experiments), LABELS)
     budget = words.format(" / ".join(map(str, sorted({item.labels for item in experiments}))))
     return f"{data}, {budget}, {' / '.join(dict.fromkeys(item.scale for item in experiments))} scale"
 

@@ -230,7 +230,7 @@ def pcre_figures(scale: str, seeds: Sequence[int], root: Root = None) -> Drawn:
             ("growth", "Growth of the regions", region_growth(item, root)),
             ("loss", "Loss terms over training", common.loss_curves(item, root)),
         ]
-    for name, table in module.ABLATIONS.items():
+    for name, table in module.ablations.items():
         column = table.columns_at(scale)[0]
         if table.references and sweep(table, column, scale) and common.filled(table, column, scale, seeds, root) > 1:
             drawn += [(f"curve_{name}", f"{table.title}, as a curve", ablation_curves(table, scale, seeds, root))]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 IGNORE = 255  # the label of pixels that no loss and no score counts
@@ -49,3 +50,8 @@ class PixelLabels:
     confidence: Tensor
     valid: Tensor
     window: Any
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or in their own type where it is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

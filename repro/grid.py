@@ -192,14 +192,6 @@ class Paper:
     ablations: Mapping[str, Table]
     claims: Mapping[str, Claim]
 
-    def __getattr__(self, name: str) -> Any:
-        names = {"BUDGET": "budget", "TITLE": "title"}
-        if name in ("TABLES", "ABLATIONS", "CLAIMS"):
-            return getattr(self, name.lower())
-        if name == "BUDGET":
-            return self.spec.supervision.budget
-        return getattr(self.spec, names.get(name, name.lower()))
-
     def main_experiments(self, scale: str = "mini", seeds: Sequence[int] = (0, 1)) -> list[Experiment]:
         """What the main job runs: a few rows of the first table, seed by seed, the cheapest method first."""
         main = self.spec.tables["main"]

@@ -40,8 +40,8 @@ def methods() -> list[Experiment]:
     found = {}
     for name, paper in PAPERS.items():
         labels = paper.main_experiments("tiny", (0,))[0]
-        for method in paper.METHODS:
-            key = (paper.BUDGET, method)
+        for method in paper.spec.methods:
+            key = (paper.spec.supervision.budget, method)
             found.setdefault(key, Experiment(name, method, labels.data, labels.labels, 0, "tiny"))
     return list(found.values())
 
@@ -75,7 +75,7 @@ def train() -> dict:
     found = {"processor": runs._processor(), "torch": torch.__version__, "python": platform.python_version()}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        resumed = {PAPERS[item.paper].BUDGET: item for item in methods()}
+        resumed = {PAPERS[item.paper].spec.supervision.budget: item for item in methods()}
         for item in methods():
             runs.execute(item, root, device="cpu")
             found[f"{item.paper} {item.method}"] = digest(runs.folder_of(item, root))

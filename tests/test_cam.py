@@ -15,7 +15,6 @@ from repro.cam import (
     DILATIONS,
     THRESHOLDS,
     attention_rollout,
-    box_mask,
     cam_labels,
     curve_miou,
     curve_report,
@@ -58,10 +57,8 @@ def test_raw_cam_is_the_classifier_at_every_patch():
     rows, columns, found = patches.tolist(), weight.tolist(), cam.tolist()
     for b, c, i, j in itertools.product(range(2), range(C), range(3), range(4)):
         expected = sum(columns[c][d] * rows[b][4 * i + j][d] for d in range(5))
-        assert found[b][c][i][j] == pytest.approx(max(expected, 0), abs=1e-6)
-    signed = raw_cam(patches, weight[:, :, None, None], (3, 4), rectify=False)
-    torch.testing.assert_close(signed, F.conv2d(patches.mT.reshape(2, 5, 3, 4), weight[:, :, None, None]))
-    assert (signed < 0).any() and torch.equal(signed.relu(), cam)
+        assert found[b][c][i][j] == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(cam, F.conv2d(patches.mT.reshape(2, 5, 3, 4), weight[:, :, None, None]))
 
 
 def test_min_max_by_hand_and_for_constants():
@@ -105,14 +102,11 @@ def test_multi_scale_cam_is_its_composition():
     assert not cam.requires_grad
 
 
-def test_mirrored_images_have_mirrored_cams_and_one_scale_without_flip_is_plain():
-    raw = Filter()
+def test_mirrored_images_have_mirrored_cams():
+    raw, scales = Filter(), (1, 0.5, 1.5)
     images = torch.randn(2, 3, 24, 20, dtype=torch.float64, generator=generator())
-    torch.testing.assert_close(multi_scale_cam(raw, images.flip(3)), multi_scale_cam(raw, images).flip(3))
-    plain = multi_scale_cam(raw, images, (1,), flip=False)
-    expected = F.interpolate(raw.layer(images), (24, 20), mode="bilinear", align_corners=False).relu()
-    torch.testing.assert_close(plain, min_max(expected))
-    assert not torch.allclose(plain.flip(3), multi_scale_cam(raw, images.flip(3), (1,), flip=False))
+    mirrored = multi_scale_cam(raw, images.flip(3), scales)
+    torch.testing.assert_close(mirrored, multi_scale_cam(raw, images, scales).flip(3))
     rough = multi_scale_cam(lambda x: raw(x).half(), images, (1, 0.5))
     assert rough.dtype == torch.float32 and (rough - multi_scale_cam(raw, images, (1, 0.5))).abs().max() < 0.01
     for scales in ((), (1, 0)):
@@ -150,11 +144,8 @@ def test_labels_are_those_of_a_loop(low, high, dtype):
 
 def test_pixels_outside_the_image_are_ignored():
     cam, tags = cams(1), tags_of(1)
-    boxes = torch.tensor([[0, 9, 0, 7], [2, 5, 1, 7], [4, 4, 0, 7]])
-    valid = box_mask(boxes, (9, 7))
-    for b, i, j in itertools.product(range(3), range(9), range(7)):
-        top, bottom, left, right = boxes[b].tolist()
-        assert valid[b, i, j] == (top <= i < bottom and left <= j < right)
+    valid = torch.rand(3, 9, 7, generator=generator(2)) < 0.6
+    valid[2] = False
     labels, plain = cam_labels(cam, tags, 0.25, 0.7, valid), cam_labels(cam, tags, 0.25, 0.7)
     assert torch.equal(labels, torch.where(valid, plain, 255)) and (labels[2] == 255).all()
 
@@ -190,7 +181,6 @@ def test_refinement_is_that_of_nested_loops(dilations, iterations):
     refined = refine(images, masks, dilations, iterations)
     for image, mask, found in zip(images, masks, refined, strict=True):
         torch.testing.assert_close(found, refined_by_hand(image, mask, dilations, iterations))
-    torch.testing.assert_close(refine(images, masks, dilations, iterations, chunk=1), refined)
 
 
 def test_refinement_keeps_constants_and_commutes_with_what_it_should():
@@ -204,14 +194,6 @@ def test_refinement_keeps_constants_and_commutes_with_what_it_should():
     torch.testing.assert_close(refine(images.flip(2), masks.flip(2)).flip(2), refined)
     torch.testing.assert_close(refine(0.5 * images + 0.1, masks), refined, rtol=1e-5, atol=1e-6)  # contrast
     assert (refined > 0).all() and refined.max() <= 1.01**10
-    # a flat image weights all neighbours alike
-    flat = refine(torch.full_like(images[:1], 0.3), masks[:1], (1,), 1)
-    distance = torch.tensor([1.0] * 4 + [math.sqrt(2)] * 4, dtype=torch.float64)
-    near, far = (-(distance / distance.std() / 0.3).square()).softmax(0)[[0, 4]]
-    padded = F.pad(masks[:1], (1,) * 4, mode="replicate")
-    kernel = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 1]]) * (1 / 8 + 0.01 * far)
-    kernel = kernel + torch.tensor([[0, 1, 0], [1, 0, 1], [0, 1, 0]]) * (1 / 8 + 0.01 * near)
-    torch.testing.assert_close(flat, F.conv2d(padded, kernel[None, None].expand(2, 1, 3, 3), groups=2))
 
 
 def test_refinement_of_other_sizes_types_and_a_single_pixel():
@@ -228,22 +210,10 @@ def test_refinement_of_other_sizes_types_and_a_single_pixel():
             refine(images, masks, dilations)
 
 
-def test_an_edge_stops_the_refinement():
-    """A mask that leaks two pixels over a colour edge is drawn back to it."""
-    images = torch.zeros(1, 3, 16, 16)
-    images[..., 8:] = 1
-    images += 0.02 * torch.rand(1, 3, 16, 16, generator=generator())
-    masks = torch.zeros(1, 1, 16, 16)
-    masks[..., :10] = 1
-    refined = refine(images, masks, (1, 2, 4), 20)[0, 0]
-    leaked, kept = refined[2:-2, 8:10].mean(), refined[2:-2, :8].mean()
-    assert leaked < 0.5 < 0.9 < kept
-
-
-def refined_labels_by_hand(images, cam, tags, low, high, dilations, iterations, down):
+def refined_labels_by_hand(images, cam, tags, low, high, dilations, iterations):
     """The released order: image by image, the classes it shows beside each background."""
     size = images.shape[2:]
-    small = [side // down for side in size]
+    small = [side // 2 for side in size]
     labels = []
     for b in range(len(images)):
         keys = [0] + [c + 1 for c in range(cam.shape[1]) if tags[b, c]]
@@ -268,14 +238,14 @@ def smooth_cams(size, seed=0):
     return min_max(F.interpolate(coarse, size, mode="bilinear", align_corners=False))
 
 
-@pytest.mark.parametrize("low, high, down", [(0.25, 0.7, 2), ([0.2, 0.3, 0.1], [0.9, 0.6, 0.7], 2), (0.25, 0.7, 1)])
-def test_refined_labels_are_those_of_the_released_order(low, high, down):
+@pytest.mark.parametrize("low, high", [(0.25, 0.7), ([0.2, 0.3, 0.1], [0.9, 0.6, 0.7])])
+def test_refined_labels_are_those_of_the_released_order(low, high):
     images = torch.rand(3, 3, 8, 9, dtype=torch.float64, generator=generator(2))
     cam, tags = smooth_cams((8, 9)), tags_of()
     tags[2] = torch.tensor([0, 1, 0])
     if isinstance(low, list):
         low, high = torch.tensor([low, high], dtype=torch.float64)
-    settings = {"dilations": (1, 2), "iterations": 2, "down": down}
+    settings = {"dilations": (1, 2), "iterations": 2}
     labels = refined_labels(images, cam, tags, low, high, **settings)
     expected = refined_labels_by_hand(images, cam, tags, low, high, **settings)
     assert torch.equal(labels, expected)
@@ -284,9 +254,9 @@ def test_refined_labels_are_those_of_the_released_order(low, high, down):
     assert torch.equal(refined_labels(images, cam, tags, low, high, most=3, **settings), labels)
     part = [0, 2]
     ends = [value[part] if isinstance(value, torch.Tensor) else value for value in (low, high)]
-    few = refined_labels(images[part], cam[part], tags[part], *ends, most=1, chunk=1, **settings)
+    few = refined_labels(images[part], cam[part], tags[part], *ends, most=1, **settings)
     assert torch.equal(few, labels[part])
-    valid = box_mask(torch.tensor([[0, 8, 3, 9]] * 3), (8, 9))
+    valid = torch.arange(9).expand(3, 8, -1) > 2
     assert torch.equal(refined_labels(images, cam, tags, low, high, valid, **settings), torch.where(valid, labels, 255))
 
 
@@ -330,9 +300,6 @@ def test_counts_without_tags_or_truth():
     assert nothing.sum() == 0 and curve_miou(nothing).isnan().all()
     report = curve_report(nothing, (0.5,))
     assert report["miou"] == [None] and report["best"] == report["fixed"] == {"threshold": 0.5, "miou": None}
-    shifted = torch.where(truth == 255, 1, truth)  # ignore may be one of the classes
-    counts = threshold_counts(cam, tags_of(0), shifted, (0.3,), ignore=1)
-    assert counts[0, 1].sum() == 0 and counts.sum() == (shifted != 1).sum()
     for thresholds in ((), (0.5, 0.5), (0.5, 0.2)):
         with pytest.raises(ValueError, match="thresholds are"):
             threshold_counts(cam, tags_of(0), truth, thresholds)
@@ -358,7 +325,7 @@ def test_the_curve_by_hand():
     assert len(THRESHOLDS) == 100 and THRESHOLDS[0] == 0 and 0.5 in THRESHOLDS and THRESHOLDS[-1] < 1
 
 
-def test_over_activation_by_hand_and_from_labels():
+def test_over_activation_by_hand():
     counts = torch.tensor([[50, 6, 4, 0, 1], [5, 20, 2, 0, 0], [0, 2, 0, 0, 0], [0, 0, 0, 0, 0], [3, 0, 0, 0, 0]])
     rates = over_activation(counts)
     nan = math.nan
@@ -374,15 +341,6 @@ def test_over_activation_by_hand_and_from_labels():
     assert invented.ratio[1] == math.inf and invented.share[1] == 1 and invented.spill.isnan().all()
     many = over_activation(torch.stack([counts, 2 * counts]))
     assert torch.equal(many.share[0].nan_to_num(), many.share[1].nan_to_num()) and many.ratio.shape == (2, 5)
-    labels, truth = cam_labels(cams(5), tags_of(5), 0.3), truth_of(5, dtype=torch.int64)
-    rates = over_activation(confusion(truth, labels, C + 1).sum(0))
-    for c in range(C + 1):
-        seen = truth != 255
-        hit, false = ((labels == c) & seen & (truth == c)).sum(), ((labels == c) & seen & (truth != c)).sum()
-        assert rates.ratio[c].item() == pytest.approx((false / hit).item())
-        assert rates.share[c].item() == pytest.approx((false / (false + hit)).item())
-        spilt = ((labels == c) & (truth == 0)).sum() / (truth == c).sum()
-        assert c == 0 or rates.spill[c].item() == pytest.approx(spilt.item())
 
 
 def small_vit(class_tokens=2, **options):
@@ -446,31 +404,8 @@ def test_grad_cam_equals_captum():
 def test_grad_cam_behind_a_pooled_linear_classifier_is_the_cam(pool):
     patches = torch.randn(2, 12, 5, dtype=torch.float64, generator=generator())
     weight = torch.randn(C, 5, dtype=torch.float64, generator=generator(1))
-    expected = raw_cam(patches, weight, (3, 4)) / 12
+    expected = raw_cam(patches, weight, (3, 4)).relu() / 12
     torch.testing.assert_close(grad_cam(patches, lambda x: pool(x @ weight.T), (3, 4)), expected)
     one = grad_cam(patches[:, :1], lambda x: pool(x @ weight.T), (1, 1))
-    torch.testing.assert_close(one, raw_cam(patches[:, :1], weight, (1, 1)))
+    torch.testing.assert_close(one, raw_cam(patches[:, :1], weight, (1, 1)).relu())
     assert not patches.requires_grad
-
-
-def test_grad_cam_at_an_earlier_block_of_a_vit():
-    net = small_vit()
-    weight = torch.randn(C, 12, dtype=torch.float64, generator=generator(1))
-    x = torch.randn(2, 3, 12, 16, dtype=torch.float64, generator=generator())
-    tokens, grid = net.embed(x)
-    tokens, _ = net.block(0, tokens)
-    first = tokens[:, :2].detach()
-
-    def score(patches):
-        later = torch.cat([first, patches], 1)
-        for index in (1, 2):
-            later, _ = net.block(index, later)
-        return (net.norm(later)[:, 2:] @ weight.T).mean(1)
-
-    cam = grad_cam(tokens[:, 2:], score, grid)
-    patches = tokens[:, 2:].detach().requires_grad_()
-    torch.testing.assert_close(score(patches), (net(x).patches @ weight.T).mean(1))
-    for c in range(C):
-        slope = torch.autograd.grad(score(patches)[:, c].sum(), patches)[0]
-        expected = torch.stack([(patches[b] * slope[b].mean(0)).sum(1) for b in range(2)]).clamp(min=0)
-        torch.testing.assert_close(cam[:, c].flatten(1), expected.detach())

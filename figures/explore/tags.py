@@ -24,7 +24,7 @@ from figures.common import class_colours, classes_of
 from figures.explore import panel
 from figures.explore.panel import Explorer, Missing, Numbers, Seen
 from figures.style import label_of, style_of, where
-from repro.cam import cam_labels, min_max, over_activation, widened
+from repro.cam import at_least_float32, cam_labels, min_max, over_activation
 from repro.data.masks import IGNORE
 from repro.experiment import Experiment, resolve
 from repro.measure.segmentation import confusion, iou
@@ -131,12 +131,12 @@ class Maps(Explorer):
             tags[0, channel] = 1
         shown = tags[0].nonzero()[:, 0]
         if source == "rollout":
-            found = widened(self.rollout[image])[None]
+            found = at_least_float32(self.rollout[image])[None]
         elif source == "gradcam":
-            found = widened(self.gradcam[image][shown])
+            found = at_least_float32(self.gradcam[image][shown])
         else:
             layer = self.cam[image, LAYERS.index(source)]
-            found = min_max(sum(widened(layer[self.scales.index(scale)][shown]) for scale in scales))
+            found = min_max(sum(at_least_float32(layer[self.scales.index(scale)][shown]) for scale in scales))
         maps = found.new_zeros(1, tags.shape[1], *found.shape[1:])
         maps[0, shown] = found
         return maps, tags
@@ -151,7 +151,7 @@ class Maps(Explorer):
         (image, channel), own = at["pair"], self.recipe.method.expansion
         one, size = slice(image, image + 1), tuple(self.truth.shape[1:])
         rules = dataclasses.replace(own, threshold=at["threshold"], rounds=at["rounds"])
-        masks = gate(widened(self.masks[one]), None if math.isinf(at["radius"]) else at["radius"])
+        masks = gate(at_least_float32(self.masks[one]), None if math.isinf(at["radius"]) else at["radius"])
         pairs = shown_classes(self.tags[one], int(self.tags[one].sum()))
         rank = candidates(self.confidence[one], pairs, rules.limit, rules.ranking)
         growth = grow(masks, rank, rules)

@@ -150,7 +150,7 @@ def _execute(name: str, to: Path, parameters: dict[str, Any]) -> None:
 
 def _convert_all(root: Path, folder: Path) -> None:
     """A page of the index and one of each paper: its tables, then its own notebook if that was executed."""
-    titles = {paper: spec.TITLE.partition(":")[0] for paper, spec in PAPERS.items()}
+    titles = {paper: spec.spec.title.partition(":")[0] for paper, spec in PAPERS.items()}
     pages = [("index.html", "Overview"), *((f"{paper}.html", title) for paper, title in titles.items())]
     _convert([folder / "index.ipynb"], folder / "index.html", "Overview", pages, root)
     for paper, title in titles.items():

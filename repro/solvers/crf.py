@@ -2,13 +2,12 @@
 
     L = -1 / B sum_k S_k^T K S_k,    K_pq = exp(-||I_p - I_q||^2 / (2 sigma_rgb^2) - ||p - q||^2 / (2 sigma_xy^2))
 
-It is the bilinear Potts energy sum_k S_k^T K (1 - S_k) less 1^T K 1, which S cannot change. The released code filters
-by a permutohedral lattice. Here: "exact", all pairs, quadratic in the pixels; "windowed", pairs within a square
-window, another and more local regulariser; "sampled", all pixels against a random part of them, unbiased but noisy.
-Sources: rloss (Tang et al., 2018) for loss, settings and gradient; windows and samples are ours.
+L is the bilinear Potts energy sum_k S_k^T K (1 - S_k) less 1^T K 1, which S cannot change. The released code filters
+by a permutohedral lattice; here all pairs are summed, quadratic in the pixels. Source of loss, settings and gradient:
+rloss (Tang et al., 2018).
 
-Inference (`dense_crf`) is the mean field of Kraehenbuehl & Koltun (2011) with two kernels, one of positions alone. It
-is exact for small images; larger ones go to their permutohedral lattice, in the optional package pydensecrf2.
+Inference is the mean field of Kraehenbuehl & Koltun (2011) with two kernels, one of positions alone: `mean_field` is
+exact and meant for small images, `lattice_crf` uses the permutohedral lattice of the optional package pydensecrf2.
 """
 
 import importlib.util
@@ -21,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from repro.arrays import at_least_float32
 from repro.settings import check, hyper
 
-FORMS = ("exact", "windowed", "sampled")
 CHUNK = 2**22  # entries of K at a time
 EXACT_PIXELS = 96**2  # of an image whose whole kernel is held in memory, 340 MB in single precision
 ROWS = 128  # of that kernel at a time while it is made, so that they stay in the cache
@@ -34,8 +33,7 @@ INSTALL = "pip install pydensecrf2"
 
 def dense_crf_loss(
     probs: Tensor, images: Tensor, roi: Tensor | None = None, sigma_rgb: float = 15.0, sigma_xy: float = 100.0,
-    downscale: float = 0.5, form: str = "exact", radius: int = 10, samples: int = 1024,
-    generator: torch.Generator | None = None,
+    downscale: float = 0.5,
 ) -> Tensor:  # fmt: skip
     """L, a scalar, not positive. A sum over all pairs: the released weight of 2e-9 belongs to crops of 513 pixels.
 
@@ -43,49 +41,36 @@ def dense_crf_loss(
         False on padding, whose S counts as 0; None for all.
     sigma_xy: in pixels of the given size. downscale: factor in (0, 1] of S (bilinear), image and roi (nearest), and
         sigma_xy, as released.
-    form: "exact"; "windowed", pairs at most `radius` rows and columns apart; "sampled", against `samples` pixels
-        drawn without replacement from `generator` (of the probabilities' device), scaled so that value and gradient
-        are unbiased. All count each pair both ways and each pixel with itself.
-    Raises ValueError for another form or values out of range.
+    Each pair counts both ways and each pixel with itself. Raises ValueError for values out of range.
     """
-    if form not in FORMS:
-        raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
-    if not (sigma_rgb > 0 and sigma_xy > 0 and 0 < downscale <= 1 and radius >= 0 and samples >= 1):
+    if not (sigma_rgb > 0 and sigma_xy > 0 and 0 < downscale <= 1):
         raise ValueError(
-            f"sigma_rgb {sigma_rgb} and sigma_xy {sigma_xy} must be positive, downscale {downscale} in (0, 1], radius "
-            f"{radius} not negative and samples {samples} positive"
+            f"sigma_rgb {sigma_rgb} and sigma_xy {sigma_xy} must be positive and downscale {downscale} in (0, 1]"
         )
     with torch.autocast(probs.device.type, enabled=False):
-        probs, images = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (probs, images))
-        images = images.detach().to(probs.dtype)
+        probs = at_least_float32(probs)
+        images = at_least_float32(images).detach().to(probs.dtype)
         roi = probs.new_ones(probs[:, :1].shape) if roi is None else roi[:, None].to(probs.dtype)
         if downscale < 1:
             probs = F.interpolate(probs, scale_factor=downscale, mode="bilinear", align_corners=False)
             images, roi = (F.interpolate(values, scale_factor=downscale) for values in (images, roi))
-        probs = probs * roi
-        features = images / sigma_rgb, sigma_xy * downscale
-        if form == "sampled":
-            return sampled(probs, *features, samples, generator) / len(probs)
-        return SelfProduct.apply(probs, *features, radius if form == "windowed" else None) / len(probs)
+        return SelfProduct.apply(probs * roi, images / sigma_rgb, sigma_xy * downscale) / len(probs)
 
 
 class SelfProduct(torch.autograd.Function):
     """-sum_bk S_k^T K S_k, whose gradient -2 K S needs no second filtering since K is symmetric."""
 
     @staticmethod
-    def forward(ctx, probs: Tensor, colours: Tensor, sigma_xy: float, radius: int | None) -> Tensor:
-        if radius is None:
-            filtered = filter_exact(probs, colours, sigma_xy)
-        else:
-            filtered = filter_windowed(probs, colours, sigma_xy, radius)
+    def forward(ctx, probs: Tensor, colours: Tensor, sigma_xy: float) -> Tensor:
+        filtered = filter_exact(probs, colours, sigma_xy)
         ctx.save_for_backward(filtered)
         return -(probs * filtered).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         (filtered,) = ctx.saved_tensors
-        return -2 * gradient * filtered, None, None, None
+        return -2 * gradient * filtered, None, None
 
 
 def points_of(colours: Tensor, sigma_xy: float) -> Tensor:
@@ -97,44 +82,15 @@ def points_of(colours: Tensor, sigma_xy: float) -> Tensor:
     return torch.cat([colours, place], 1).flatten(2).transpose(1, 2)
 
 
-def kernel(here: Tensor, there: Tensor) -> Tensor:
-    """K (B, n, m) between points (B, n, D) and (B, m, D)."""
-    distance = torch.cdist(here, there, compute_mode="donot_use_mm_for_euclid_dist")  # the other cancels when near
-    return (distance.square() / -2).exp()
-
-
 def filter_exact(values: Tensor, colours: Tensor, sigma_xy: float) -> Tensor:
     """K S (B, C, H, W) of values (B, C, H, W) and colours over sigma_rgb (B, 3, H, W), some rows of K at a time."""
     points, flat = points_of(colours, sigma_xy), values.flatten(2).transpose(1, 2)
-    rows = max(1, CHUNK // max(1, points.shape[0] * points.shape[1]))
-    parts = [kernel(part, points) @ flat for part in points.split(rows, 1)]
-    return torch.cat(parts, 1).transpose(1, 2).reshape(values.shape)
-
-
-def filter_windowed(values: Tensor, colours: Tensor, sigma_xy: float, radius: int) -> Tensor:
-    """`filter_exact` with K_pq = 0 unless p and q are at most `radius` rows and columns apart."""
-    height, width = values.shape[-2:]
-    result = values.clone()  # K_pp = 1
-    for down in range(min(radius, height - 1) + 1):
-        for right in range(-min(radius, width - 1), min(radius, width - 1) + 1):
-            if (down, right) <= (0, 0):
-                continue  # each unordered pair once
-            p = (..., slice(0, height - down), slice(max(0, -right), width - max(0, right)))
-            q = (..., slice(down, height), slice(max(0, right), width - max(0, -right)))
-            exponent = (colours[p] - colours[q]).square().sum(1, keepdim=True) + (down**2 + right**2) / sigma_xy**2
-            weight = (exponent / -2).exp()
-            result[p] += weight * values[q]
-            result[q] += weight * values[p]
-    return result
-
-
-def sampled(probs: Tensor, colours: Tensor, sigma_xy: float, samples: int, generator: torch.Generator | None) -> Tensor:
-    """An unbiased estimate of -sum_bk S_k^T K S_k from the columns of K at random pixels, the same for all images."""
-    points, flat = points_of(colours, sigma_xy), probs.flatten(2).transpose(1, 2)
-    pixels = points.shape[1]
-    samples = min(samples, pixels)
-    chosen = torch.randperm(pixels, generator=generator, device=probs.device)[:samples]
-    return -(pixels / samples) * (flat * (kernel(points, points[:, chosen]) @ flat[:, chosen])).sum()
+    filtered = []
+    for part in points.split(max(1, CHUNK // max(1, points.shape[0] * points.shape[1])), 1):
+        # the form by a matrix product cancels for near points
+        distance = torch.cdist(part, points, compute_mode="donot_use_mm_for_euclid_dist")
+        filtered.append((distance.square() / -2).exp() @ flat)
+    return torch.cat(filtered, 1).transpose(1, 2).reshape(values.shape)
 
 
 @dataclass(frozen=True)
@@ -161,33 +117,25 @@ def has_lattice() -> bool:
     return importlib.util.find_spec("pydensecrf") is not None
 
 
-def dense_crf(probs: Tensor, images: Tensor, crf: CRF = CRF()) -> Tensor:
-    """Probabilities (B, K, H, W) after inference: `mean_field` up to EXACT_PIXELS an image, `lattice_crf` above.
-
-    probs: (B, K, H, W), softmax. images: (B, 3, H, W) uint8.
-    Raises ModuleNotFoundError for larger images without pydensecrf2, ValueError for other images.
-    """
-    checked(probs, images)
-    if probs.shape[2] * probs.shape[3] <= EXACT_PIXELS:
-        return mean_field(probs, images, crf)
-    pairs = zip(probs.float().cpu().numpy(), images.permute(0, 2, 3, 1).cpu().numpy(), strict=True)
-    return torch.stack([torch.from_numpy(lattice_crf(*pair, crf)) for pair in pairs]).to(probs.device)
-
-
 @torch.no_grad()
 def mean_field(probs: Tensor, images: Tensor, crf: CRF = CRF()) -> Tensor:
-    """The same, exactly and by ourselves: quadratic in the pixels in time and memory, image by image.
+    """Probabilities (B, K, H, W) after exact inference: quadratic in the pixels in time and memory, image by image.
 
         Q <- softmax_k( log p + sum_m w_m N_m Q ),    N_m = D_m^(-1/2) K_m D_m^(-1/2),    D_m = diag(K_m 1)
 
-    from Q = p, with p clipped at 1e-5 from below, K_1 = exp(-|p - q|^2 / (2 xy^2)) and K_2 the bilateral K. A pixel
-    sends to itself as well. At least float32. Raises ValueError for images that are not (B, 3, H, W) uint8.
+    probs: (B, K, H, W), softmax. images: (B, 3, H, W) uint8.
+    It starts from Q = p, with p clipped at 1e-5 from below; K_1 = exp(-|p - q|^2 / (2 xy^2)) and
+    K_2 is the bilateral K. A pixel sends to itself as well. At least float32. Raises ValueError for other images.
     Source: the released library, whose lattice approximates K and sums.
     """
-    checked(probs, images)
+    if images.dtype != torch.uint8 or images.shape != (len(probs), 3, *probs.shape[2:]):
+        raise ValueError(
+            f"a dense CRF of probabilities {tuple(probs.shape)} needs uint8 images (B, 3, H, W) of their size, got "
+            f"{images.dtype} {tuple(images.shape)}"
+        )
     # neither the exact differences of colours nor K may be rounded to half precision
     with torch.autocast(probs.device.type, enabled=False):
-        probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+        probs = at_least_float32(probs)
         down, across = (normalised(apart(side, probs), crf.position_xy) for side in probs.shape[2:])
         # one buffer for all images: a fresh one costs as much as the kernel
         kernel = probs.new_empty(probs.shape[2] * probs.shape[3], probs.shape[2] * probs.shape[3])
@@ -257,12 +205,3 @@ def lattice_crf(probs: np.ndarray, image: np.ndarray, crf: CRF = CRF()) -> np.nd
     field.addPairwiseGaussian(sxy=crf.position_xy, compat=crf.position_weight)
     field.addPairwiseBilateral(sxy=crf.xy, srgb=crf.rgb, rgbim=np.ascontiguousarray(image), compat=crf.weight)
     return np.array(field.inference(crf.iterations), dtype=np.float32).reshape(probs.shape)
-
-
-def checked(probs: Tensor, images: Tensor) -> None:
-    """Raise ValueError unless images are (B, 3, H, W) uint8 and of the probabilities' size."""
-    if images.dtype != torch.uint8 or images.shape != (len(probs), 3, *probs.shape[2:]):
-        raise ValueError(
-            f"a dense CRF of probabilities {tuple(probs.shape)} needs uint8 images (B, 3, H, W) of their size, got "
-            f"{images.dtype} {tuple(images.shape)}"
-        )

@@ -7,8 +7,8 @@ One image's energy, over its region of interest, with seeds held at their labels
 
     E(X) = gamma / |Omega| sum_p -log S_p[X_p]  +  lambda / |N| sum_pq w_pq [X_p != X_q]
 
-torch is not imported: worker processes start in a fraction of its time. `potts.problems` makes the problems.
-Sources: released code (robust_trust_region); where stated, ours.
+torch is not imported, so worker processes start in a fraction of the time. `potts.problems` makes the problems.
+Source: released code (robust_trust_region), except where a choice is named as made here.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from repro.settings import check, hyper
 
 # Alpha-expansion
-
 
 LIMIT = 29  # bits of a quantised energy: residual capacities up to four times it fit int32
 COARSE = 16  # once the energy has fallen by this factor, the rounding is made finer
@@ -133,10 +132,9 @@ def check_problem(graph: Graph, start: NDArray, allowed: Sequence[int] | None, s
         raise ValueError("unary or weights hold NaN or infinity: forbid labels by `allowed` or `fixed` instead")
     if (graph.weights < 0).any():
         raise ValueError(f"the smallest weight is {graph.weights.min()}; a Potts weight must not be negative")
-    if nodes and not -1 <= graph.fixed.min() <= graph.fixed.max() < classes:
-        raise ValueError(
-            f"fixed labels span {graph.fixed.min()} to {graph.fixed.max()}; they must be in [-1, {classes})"
-        )
+    low, high = graph.fixed.min(initial=-1), graph.fixed.max(initial=-1)
+    if not -1 <= low <= high < classes:
+        raise ValueError(f"fixed labels span {low} to {high}; they must be in [-1, {classes})")
     allowed = np.unique(np.arange(classes) if allowed is None else np.asarray(allowed, np.int64))
     if len(allowed) == 0 or allowed[0] < 0 or allowed[-1] >= classes:
         raise ValueError(f"allowed labels are {allowed.tolist()}; there must be some, all in [0, {classes})")
@@ -153,9 +151,8 @@ def find_back_end(name: str) -> Callable[..., NDArray]:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"max-flow back end {name!r} needs {package}: pip install {package}, or use 'scipy'"
-        ) from error
+        hint = f"max-flow back end {name!r} needs {package}: pip install {package}, or use 'scipy'"
+        raise ImportError(hint) from error
     return cut
 
 
@@ -284,7 +281,7 @@ def cut_ortools(cost: NDArray, p: NDArray, q: NDArray, capacity: NDArray) -> NDA
     source, sink = len(cost), len(cost) + 1
     solver = max_flow.SimpleMaxFlow()
     solver.add_arcs_with_capacity(tails, heads, values)
-    solver.add_arc_with_capacity(source, sink, 0)  # it does not know nodes without arcs
+    solver.add_arc_with_capacity(source, sink, 0)  # the library leaves out nodes without arcs
     status = solver.solve(source, sink)
     if status != solver.OPTIMAL:
         raise RuntimeError(f"OR-tools found no maximum flow: {status}")
@@ -315,7 +312,6 @@ BACK_ENDS = {
 
 # Problems and their solutions
 
-
 UNLABELLED, PADDING = 255, 254  # as `repro.data.masks.IGNORE`, whose module needs torch
 DIRECTIONS = {4: ((0, 1), (1, 0)), 8: ((0, 1), (1, 0), (1, 1), (-1, 1))}  # rows down, columns right: each pair once
 AHEAD = 32  # problems handed to the workers before the oldest must be done: bounds the memory
@@ -327,9 +323,7 @@ class SolverSettings:
     gamma: float = hyper(0.1, "gamma", "released README: 0.05 (length 1), 0.075 (0.8), 0.1 (below)", low=0)
     sweeps: int = hyper(5, "", "released code", low=0)
     restricted: bool = hyper(True, "", "released code (tr-restricted): only labels of the image's scribbles")
-    downscale: int = hyper(
-        1, "", "side in pixels of the blocks that share a label; released: 1; blocks are ours", low=1
-    )
+    downscale: int = hyper(1, "", "side of blocks that share a label, pixels; released: 1; blocks are ours", low=1)
     back_end: str = hyper("scipy", "", "released: GCO; ours: same labelling from each", choices=tuple(BACK_ENDS))
 
     def __post_init__(self):
@@ -392,7 +386,7 @@ def solve(problem: Problem, settings: SolverSettings) -> Solution:
     """Minimise one image's E by alpha-expansion. E of the result is never above E of the start.
 
     With `downscale` s > 1 pixels in a block of s x s share a label: their unaries and the edges between two blocks
-    add up, so the energy of such a labelling is the exact one (ours; the released option shrinks the image). A block
+    add up, so the energy of such a labelling is exact (chosen here; the released option shrinks the image). A block
     with seeds takes their most frequent label; each seed keeps its own in the result.
     Raises ValueError for shapes that do not match, unknown scribble labels, or log-probabilities that are not finite.
     """
@@ -455,13 +449,18 @@ def graph_of(problem: Problem, roi: NDArray, seeds: NDArray, settings: SolverSet
 
 
 @contextlib.contextmanager
-def start_workers(count: int) -> Iterator[Executor]:
-    """Processes for `solve_all`, each with one thread; they live until the end of the `with` block.
+def start_workers(count: int) -> Iterator[Executor | None]:
+    """Processes for `solve_all`, each with one thread, until the end of the `with` block. None for a count of 0.
 
-    They are spawned, not forked, so a script that uses them needs `if __name__ == "__main__":`. Ctrl-C reaches all
-    processes of a terminal; here only the caller decides what it means, and workers finish what they are given.
+    They are spawned, not forked, so a script that uses them needs `if __name__ == "__main__":`. Workers ignore Ctrl-C,
+    which reaches all processes of a terminal: the caller decides what it means, and workers finish their problems.
     """
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=ignore_interrupts)
+    if not count:
+        yield None
+        return
+    pool = ProcessPoolExecutor(
+        count, multiprocessing.get_context("spawn"), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))  # a library reads them when it loads: they must be there before
@@ -475,24 +474,12 @@ def start_workers(count: int) -> Iterator[Executor]:
         yield pool
 
 
-def ignore_interrupts() -> None:
-    """Leave Ctrl-C to the parent process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def solve_all(
-    problems: Iterable[Problem],
-    settings: SolverSettings,
-    pool: Executor | None = None,
-    on_progress: Callable[[int, int | None], None] | None = None,
-) -> list[Solution]:
+def solve_all(problems: Iterable[Problem], settings: SolverSettings, pool: Executor | None = None) -> list[Solution]:
     """`solve` for each problem, in their order, which is also that of the result whatever the workers do.
 
-    problems: read as the workers need them, so a generator may run the network meanwhile. pool: from `start_workers`,
-    or None to solve in this process. on_progress(done, total): after each, total None if `problems` has no length.
-    Raises RuntimeError that names the image, from the error that its solution raised.
+    problems: read as the workers need them, so a generator may run the network in between. pool: from `start_workers`,
+    or None to solve in this process. Raises RuntimeError that names the image, from the error of its solution.
     """
-    total = len(problems) if hasattr(problems, "__len__") else None
     solutions: list[Solution] = []
     with contextlib.closing(submitted(problems, settings, pool)) as results:
         for name, result in results:
@@ -500,15 +487,13 @@ def solve_all(
                 solutions.append(result())
             except Exception as error:
                 raise RuntimeError(f"stage A failed on image {name!r}: {type(error).__name__}: {error}") from error
-            if on_progress:
-                on_progress(len(solutions), total)
     return solutions
 
 
 def submitted(
     problems: Iterable[Problem], settings: SolverSettings, pool: Executor | None
 ) -> Iterator[tuple[str, Callable[[], Solution]]]:
-    """Names and functions that wait for the solutions, in order; what is not waited for at the end is cancelled."""
+    """Names and functions that wait for the solutions, in order; solutions not asked for by the end are cancelled."""
     if pool is None:
         for problem in problems:
             yield problem.name, functools.partial(solve, problem, settings)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repro.arrays import at_least_float32
 from repro.solvers.cuts import DIRECTIONS, Problem, ends
 
 RELAXATIONS = ("bilinear", "quadratic", "tv")
@@ -54,7 +55,7 @@ def contrast_grid(images: Tensor, roi: Tensor | None = None, neighbours: int = 8
     neighbours: 4 or 8. Raises ValueError for another number.
     """
     directions = steps(neighbours)
-    images = wide(images.detach())
+    images = at_least_float32(images.detach())
     roi = images.new_ones(images[:, 0].shape, dtype=torch.bool) if roi is None else roi
     inside, squares = [], []
     for direction in directions:
@@ -74,7 +75,7 @@ def contrast_grid(images: Tensor, roi: Tensor | None = None, neighbours: int = 8
 
 
 def potts_energy(labels: Tensor, grid: Grid) -> Tensor:
-    """R(X), (B,), of labels (B, H, W), integers; what they are outside the region of interest has no effect."""
+    """R(X), (B,), of labels (B, H, W), integers; values outside the region of interest have no effect."""
     views = [ends(labels, direction) for direction in steps(2 * len(grid.weights))]
     return grid.mean_of([first != second for first, second in views])
 
@@ -89,7 +90,7 @@ def relaxed_potts(probs: Tensor, grid: Grid, form: str = "bilinear") -> Tensor:
     """
     if form not in RELAXATIONS:
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(RELAXATIONS)}")
-    probs = wide(probs)
+    probs = at_least_float32(probs)
     costs = []
     for direction in steps(2 * len(grid.weights)):
         first, second = ends(probs, direction)
@@ -101,19 +102,14 @@ def relaxed_potts(probs: Tensor, grid: Grid, form: str = "bilinear") -> Tensor:
     return grid.mean_of(costs)
 
 
-def potts_loss(probs: Tensor, grid: Grid, weight: float = 100.0, form: str = "bilinear") -> Tensor:
-    """lambda times the batch mean of `relaxed_potts`, a scalar. weight: lambda."""
-    return weight * relaxed_potts(probs, grid, form).mean()
-
-
 def proposal_energy(labels: Tensor, log_probs: Tensor, grid: Grid, gamma: float = 0.1, weight: float = 100.0) -> Tensor:
     """E(X) of stage A, (B,): gamma / |Omega| sum_p -log S_p[X_p] + lambda R(X).
 
     labels: (B, H, W) integers in [0, C) inside the region of interest. log_probs: (B, C, H, W), log S.
-    weight: lambda. That seeds keep their labels is the solver's business. 0 for an empty region.
+    weight: lambda. 0 for an empty region. The solver, not this function, keeps seeds at their labels.
     """
     chosen = torch.where(grid.roi, labels.long(), 0)
-    surprise = -wide(log_probs).gather(1, chosen[:, None])[:, 0]
+    surprise = -at_least_float32(log_probs).gather(1, chosen[:, None])[:, 0]
     unary = torch.where(grid.roi, surprise, 0.0).flatten(1).sum(1) / grid.pixels.clamp(min=1)
     return gamma * unary + weight * potts_energy(labels, grid)
 
@@ -132,14 +128,10 @@ def problems(
 
     def images_of(values: Tensor) -> list:
         # copies, since the tensors may change while the problems wait
-        return [row.copy() for row in (wide(values) if values.is_floating_point() else values).cpu().numpy()]
+        values = at_least_float32(values) if values.is_floating_point() else values
+        return [row.copy() for row in values.cpu().numpy()]
 
     weights = zip(*(images_of(weight) for weight in grid.weights), strict=True)
     starts = [None] * len(names) if starts is None else images_of(starts)
     rows = (names, images_of(log_probs), weights, images_of(scribbles), images_of(grid.roi), starts)
     return [Problem(*row) for row in zip(*rows, strict=True)]
-
-
-def wide(values: Tensor) -> Tensor:
-    """As float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

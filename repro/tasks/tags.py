@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repro import cam
-from repro.cam import attention_rollout, bilinear, grad_cam, min_max, widened
+from repro.cam import at_least_float32, attention_rollout, bilinear, grad_cam, min_max
 from repro.data.catalogue import DataError
 from repro.data.folders import open_masks, open_tags
 from repro.data.mask_views import PADDING, TAGS, Crop, MaskViews
@@ -350,7 +350,7 @@ def one_scale(trunk: Trunk, x: Tensor, scale: float, size: tuple[int, int]) -> T
     """
     seen = bilinear(x, (int(scale * x.shape[2]), int(scale * x.shape[3])))
     tokens = trunk.encoder(torch.cat([seen, seen.flip(3)]))
-    maps = bilinear(widened(torch.cat([trunk.raw(tokens), trunk.raw_aux(tokens)], 1)), size)
+    maps = bilinear(at_least_float32(torch.cat([trunk.raw(tokens), trunk.raw_aux(tokens)], 1)), size)
     own, mirrored = maps.chunk(2)
     return torch.maximum(own, mirrored.flip(3)).relu().unflatten(1, (2, -1))
 

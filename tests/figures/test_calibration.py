@@ -11,7 +11,7 @@ from tests.fake_margins import BASE, LABELLED, MIXED, write_pair, write_run
 from tests.fake_outputs import texts
 from tests.figures.drawn import change_final, spreads
 
-TABLE = PAPERS["calibratemix"].TABLES["main"].only(["FixMatch", "FixMatch + CalibrateMix", "FlexMatch"])
+TABLE = PAPERS["calibratemix"].tables["main"].only(["FixMatch", "FixMatch + CalibrateMix", "FlexMatch"])
 HUNDRED = Column("fashion", 100)
 
 

@@ -208,7 +208,7 @@ def test_a_claim_that_more_is_better_has_its_published_effect_and_scope(tmp_path
 
 
 def test_several_claims_share_one_scope():
-    several = list(PAPERS["trust_region"].CLAIMS.values())
+    several = list(PAPERS["trust_region"].claims.values())
     places = "Fashion scenes, scribble length 0 / 30 / 50 / 80 / 100 %"
     assert scope(several, "mini") == f"on the embedded data ({places}), mini scale"
     title = several[0].column_at("paper").title

@@ -22,7 +22,7 @@ from tests.figures.drawn import band, bars, lines, spreads
 COMMATCH = Experiment(scale="tiny")
 FIXMATCH = Experiment(method="fixmatch", scale="tiny")
 NO_MASKS, NO_TAGS, NO_SCRIBBLES = (item.with_(seed=7) for item in (CSL, PCRE, ROBUST))
-MASKS, TAGS, MARGINS = PAPERS["csl"].TABLES["main"], PAPERS["pcre"].TABLES, PAPERS["calibratemix"].TABLES["main"]
+MASKS, TAGS, MARGINS = PAPERS["csl"].tables["main"], PAPERS["pcre"].tables, PAPERS["calibratemix"].tables["main"]
 
 
 # On axes
@@ -138,7 +138,7 @@ def test_thresholds_follow_the_published_words():
 
 
 def test_table_points_show_means_and_what_is_not_run_or_not_available(tmp_path):
-    table = PAPERS["commatch"].ABLATIONS["3"]
+    table = PAPERS["commatch"].ablations["3"]
     for seed, accuracy in ((0, 0.5), (1, 0.7)):
         write_run(tmp_path, COMMATCH.with_(seed=seed), accuracy=(0.2, accuracy))
     figure = common.table_points(table, "tiny", (0, 1), tmp_path, column=Column("fashion", 100))
@@ -151,7 +151,7 @@ def test_table_points_show_means_and_what_is_not_run_or_not_available(tmp_path):
 
 def test_the_published_cells_are_of_the_first_reference_that_has_a_number(tmp_path):
     """Trust region's first reference has no number at all; its second, rloss, has 65.8 for partial cross-entropy."""
-    table = PAPERS["trust_region"].TABLES["main"].only(["Partial CE", "Robust Grid-TR"])
+    table = PAPERS["trust_region"].tables["main"].only(["Partial CE", "Robust Grid-TR"])
     for references, stated in ((table.references, "65.80"), (table.references[:1], "not available")):
         drawn = dataclasses.replace(table, references=references)
         axes = common.table_points(drawn, "tiny", (0,), tmp_path, metrics=("miou", "potts_energy", "ece_15")).axes[-1]
@@ -161,7 +161,7 @@ def test_the_published_cells_are_of_the_first_reference_that_has_a_number(tmp_pa
 
 
 def test_an_ablation_draws_the_seeds_that_its_rows_share(tmp_path):
-    table, ran = PAPERS["commatch"].ABLATIONS["passes"], {"T = 10 (default)": (0, 1), "T = 2": (1,)}
+    table, ran = PAPERS["commatch"].ablations["passes"], {"T = 10 (default)": (0, 1), "T = 2": (1,)}
     for row in table.rows:
         for seed in ran.get(row.label, ()):
             write_run(tmp_path, table.cell(row, table.small[0], "tiny", (seed,))[0], accuracy=(0.2, 0.5 + seed / 10))

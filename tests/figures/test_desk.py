@@ -127,7 +127,7 @@ def test_numbers_are_those_of_the_record_and_missing_runs_are_named(tmp_path):
 def test_every_ablation_is_listed_with_parameters_that_exist():
     for name, paper in PAPERS.items():
         frame = desk.ablation_list(name).data
-        assert len(frame) == sum(len(table.rows) for table in paper.ABLATIONS.values())
+        assert len(frame) == sum(len(table.rows) for table in paper.ablations.values())
         for row in frame.itertuples():
             asked = {"paper": name, "method": row.method, "overrides": row.overrides, "beside": ""}
             desk.one_run(**ONE | asked | SCENES.get(name, {}))
@@ -143,13 +143,13 @@ def csl(tmp_path):
 
 
 def test_a_block_for_each_measured_column_with_runs(csl):
-    ((title, laid, notes),) = desk.blocks(PAPERS["csl"].TABLES["main"], csl, 2)
+    ((title, laid, notes),) = desk.blocks(PAPERS["csl"].tables["main"], csl, 2)
     assert title == "mIoU by number of masks — Fashion scenes, 20 masks" and notes
     assert laid.iloc[:, 0].to_dict() == {
         "Supervised": "40.00 (n = 1)", "FixMatch": "50.00 (n = 1)", "UniMatch": "60.00 (n = 1)",
         "UniMatch, output stride 8": "not run", "CSL": "62.50 (n = 1)",
     }  # fmt: skip
-    ran = {name for name, table in PAPERS["csl"].ABLATIONS.items() if desk.blocks(table, csl, 2)}
+    ran = {name for name, table in PAPERS["csl"].ablations.items() if desk.blocks(table, csl, 2)}
     assert ran == {"feature_perturbation", "output_stride", "weights"}  # of which two rows are runs of the main job
 
 
@@ -174,7 +174,7 @@ def test_all_papers_verdicts_and_costs_are_counted(tmp_path):
     asked = desk.many_runs(scale="mini", seeds=5, runs_root=tmp_path)
     counts = desk.verdict_counts(asked).data.astype(int)
     assert counts.sum(axis=1).to_dict() == {
-        paper.TITLE.partition(":")[0]: len(paper.CLAIMS) for paper in PAPERS.values()
+        paper.spec.title.partition(":")[0]: len(paper.claims) for paper in PAPERS.values()
     }
     decided = desk.decided_claims(asked).data
     assert len(decided) == counts[["supported", "contradicted"]].to_numpy().sum() > 0
@@ -192,4 +192,4 @@ def test_the_text_of_every_paper_begins_with_the_same_four_parts(paper):
     lines = (FOLDER / f"{paper}.md").read_text().splitlines()
     heads = ["Method in short", "Deviations and reconstructions", "What was easy", "What was difficult"]
     assert [line for line in lines if line.startswith("#")][:4] == [f"## {head}" for head in heads]
-    assert desk.heading(desk.many_runs(**MANY | {"paper": paper})).data.startswith(f"**{PAPERS[paper].TITLE}**")
+    assert desk.heading(desk.many_runs(**MANY | {"paper": paper})).data.startswith(f"**{PAPERS[paper].spec.title}**")

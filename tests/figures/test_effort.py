@@ -88,7 +88,7 @@ def root(tmp_path):
 
 def test_a_point_for_each_row_and_budget_and_one_for_full_supervision(root):
     points = effort.supervised("tiny", (0, 1), root)
-    rows = {paper: len(PAPERS[paper].TABLES["main"].rows) for paper in ("csl", "pcre", "trust_region")}
+    rows = {paper: len(PAPERS[paper].tables["main"].rows) for paper in ("csl", "pcre", "trust_region")}
     assert len(points) == 3 * rows["csl"] + rows["pcre"] + 5 * (rows["trust_region"] - 1) + 1
     by_name = {(point.kind, f"{point.label}, {point.budget}"): point for point in points}
     half = pytest.approx(0.1 / math.sqrt(2))

@@ -19,7 +19,7 @@ from tests.figures.drawn import band, bars, change_final, final, image, lines, s
 
 SUPERVISED, FIXMATCH, UNIMATCH = (CSL.with_(method=name) for name in ("supervised", "fixmatch", "unimatch"))
 OTHER = CSL.with_(seed=1)
-TABLE = PAPERS["csl"].TABLES["main"]
+TABLE = PAPERS["csl"].tables["main"]
 
 
 def pixels(root, experiment):

@@ -21,7 +21,7 @@ from tests.fake_outputs import texts
 from tests.fake_scribble_runs import START, STEPS, write_scribble_run
 from tests.figures.drawn import band, change_final, final, lines, stored
 
-TABLE = PAPERS["trust_region"].TABLES["main"]
+TABLE = PAPERS["trust_region"].tables["main"]
 NUMBERS = figures.published_by_method(TABLE)
 
 

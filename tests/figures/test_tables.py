@@ -292,7 +292,7 @@ def test_markdown_is_a_table_of_equal_rows_with_pipes_escaped_and_groups_named_o
 
 # Ablations
 
-PASSES = PAPERS["commatch"].ABLATIONS["passes"]
+PASSES = PAPERS["commatch"].ablations["passes"]
 
 
 def write_passes(root, errors):
@@ -326,6 +326,6 @@ def test_seeds_that_rows_share_leave_out_rows_that_did_not_run(tmp_path):
 
 @pytest.mark.parametrize("paper", PAPERS.values(), ids=PAPERS)
 def test_every_row_of_an_ablation_has_a_default_and_no_row_of_a_table_of_methods(paper):
-    assert all(tables.defaults(table, table.columns[0], "paper") == {} for table in paper.TABLES.values())
-    for table in paper.ABLATIONS.values():
+    assert all(tables.defaults(table, table.columns[0], "paper") == {} for table in paper.tables.values())
+    for table in paper.ablations.values():
         assert set(tables.defaults(table, table.small[0], "mini")) == {row.label for row in table.rows}

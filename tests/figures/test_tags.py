@@ -23,7 +23,7 @@ from tests.figures.drawn import band, bars, change_final, final, image, lines, s
 
 PLAIN, TOCO, AFA, DUPL = (PCRE.with_(method=name) for name in ("plain", "toco", "afa", "dupl"))
 OTHER = PCRE.with_(seed=1)
-ABLATIONS = PAPERS["pcre"].ABLATIONS
+ABLATIONS = PAPERS["pcre"].ablations
 FOREGROUND = ["Trouser", "Pullover", "Dress", "Sneaker", "Bag"]
 RECIPE = resolve(PCRE)
 KEPT = range(RECIPE.eval_every, RECIPE.steps + 1, RECIPE.eval_every)  # evaluations, all of them moments

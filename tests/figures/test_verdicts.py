@@ -7,7 +7,7 @@ from figures.verdicts import LOOKS, claim_effects
 from repro.grid import PAPERS
 from tests.fake_runs import write_run
 
-CLAIMS = PAPERS["commatch"].CLAIMS
+CLAIMS = PAPERS["commatch"].claims
 
 
 def decided(root, names):
@@ -56,7 +56,7 @@ def test_claims_that_were_not_run_say_so_and_units_have_panels(few):
 
 
 def test_a_margin_is_drawn_and_nothing_at_all_is_a_message(tmp_path):
-    claim = next(claim for claim in PAPERS["calibratemix"].CLAIMS.values() if claim.margin)
+    claim = next(claim for claim in PAPERS["calibratemix"].claims.values() if claim.margin)
     for seed in (0, 1):
         for side in claim.pair("mini", seed):
             write_run(side, tmp_path, error=0.2)

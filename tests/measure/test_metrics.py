@@ -53,6 +53,6 @@ def test_what_is_measured_on_masks_has_a_title():
 
 def test_every_papers_headlines_are_metrics_with_calibration():
     for paper in PAPERS.values():
-        assert set(paper.HEADLINES) <= set(METRICS) and "ece_15" in paper.HEADLINES[1:]
-        assert set(paper.HEADLINES) <= {metric for table in paper.TABLES.values() for metric in table.metrics}
+        assert set(paper.spec.headlines) <= set(METRICS) and "ece_15" in paper.spec.headlines[1:]
+        assert set(paper.spec.headlines) <= {metric for table in paper.tables.values() for metric in table.metrics}
     assert set(CALIBRATED) <= set(METRICS)

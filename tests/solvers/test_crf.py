@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from repro.settings import SettingError
 from repro.solvers import crf
-from repro.solvers.crf import CRF, FORMS, dense_crf_loss, has_lattice, mean_field
+from repro.solvers.crf import CRF, dense_crf_loss, has_lattice, lattice_crf, mean_field
 
 BATCH, C, H, W = 2, 3, 4, 5
 
@@ -23,7 +23,7 @@ def inputs(seed=0, height=H, width=W):
     return probs, images, roi
 
 
-def kernel_of(image, sigma_rgb=15.0, sigma_xy=3.0, radius=math.inf):
+def kernel_of(image, sigma_rgb=15.0, sigma_xy=3.0):
     """K (N, N) by the definition."""
     _, height, width = image.shape
     pixels = list(itertools.product(range(height), range(width)))
@@ -32,8 +32,7 @@ def kernel_of(image, sigma_rgb=15.0, sigma_xy=3.0, radius=math.inf):
         row = []
         for q in pixels:
             colour, place = float(((image[:, *p] - image[:, *q]) ** 2).sum()), math.dist(p, q) ** 2
-            near = max(abs(p[0] - q[0]), abs(p[1] - q[1])) <= radius
-            row.append(near * math.exp(-colour / (2 * sigma_rgb**2) - place / (2 * sigma_xy**2)))
+            row.append(math.exp(-colour / (2 * sigma_rgb**2) - place / (2 * sigma_xy**2)))
         rows.append(row)
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -50,66 +49,18 @@ def expected(probs, images, roi, **settings):
     return total, gradient
 
 
-@pytest.mark.parametrize(("form", "radius"), [("exact", 1), ("windowed", 0), ("windowed", 1), ("windowed", 2)])
-def test_value_and_gradient_are_brute_force(form, radius):
+def test_value_and_gradient_are_brute_force():
     probs, images, roi = inputs()
     probs.requires_grad_()
-    loss = dense_crf_loss(probs, images, roi, 15.0, 3.0, 1.0, form, radius)
-    value, gradient = expected(probs.detach(), images, roi, radius=math.inf if form == "exact" else radius)
+    loss = dense_crf_loss(probs, images, roi, 15.0, 3.0, 1.0)
+    value, gradient = expected(probs.detach(), images, roi)
     assert loss.item() == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(3 * loss, probs)[0], 3 * gradient, rtol=1e-12, atol=1e-14)
 
 
-def test_a_window_as_large_as_the_image_is_exact():
-    probs, images, roi = inputs(1)
-    exact = dense_crf_loss(probs, images, roi, downscale=1.0)
-    for radius in (4, 50):
-        assert dense_crf_loss(
-            probs, images, roi, downscale=1.0, form="windowed", radius=radius
-        ).item() == pytest.approx(exact.item(), rel=1e-12)
-    assert dense_crf_loss(probs, images, roi, downscale=1.0, form="sampled", samples=20).item() == pytest.approx(
-        exact.item(), rel=1e-12
-    )
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_are_those_of_finite_differences(form):
+def test_gradients_are_those_of_finite_differences():
     probs, images, roi = inputs(2, 3, 2)
-    probs.requires_grad_()
-
-    def loss(values):
-        generator = torch.Generator().manual_seed(3)
-        return dense_crf_loss(values, images, roi, 15.0, 3.0, 1.0, form, 1, 4, generator)
-
-    assert torch.autograd.gradcheck(loss, probs)
-
-
-def test_sampling_is_unbiased_in_value_and_gradient(monkeypatch):
-    probs, images, roi = inputs(3)
-    probs.requires_grad_()
-    value, gradient = expected(probs.detach(), images, roi)
-    order = list(range(H * W))
-    values, gradients = [], []
-    for first in order:  # each pixel as the only sample, once
-        monkeypatch.setattr(
-            torch, "randperm", lambda *_, first=first, **__: torch.tensor(order[first:] + order[:first])
-        )
-        loss = dense_crf_loss(probs, images, roi, 15.0, 3.0, 1.0, "sampled", samples=1)
-        values.append(loss.item())
-        gradients.append(torch.autograd.grad(loss, probs)[0])
-    assert sum(values) / len(values) == pytest.approx(value, rel=1e-12)
-    torch.testing.assert_close(torch.stack(gradients).mean(0), gradient, rtol=1e-12, atol=1e-14)
-
-
-def test_samples_follow_the_generator():
-    probs, images, _ = inputs(4)
-    losses = [
-        dense_crf_loss(
-            probs, images, form="sampled", downscale=1.0, samples=3, generator=torch.Generator().manual_seed(s)
-        )
-        for s in (0, 0, 1)
-    ]
-    assert losses[0] == losses[1] != losses[2]
+    assert torch.autograd.gradcheck(lambda s: dense_crf_loss(s, images, roi, 15.0, 3.0, 1.0), probs.requires_grad_())
 
 
 def test_it_is_bilinear_potts_up_to_a_constant():
@@ -135,57 +86,20 @@ def test_halving_the_resolution():
     assert dense_crf_loss(probs, images, roi, 15.0, 6.0).item() == pytest.approx(value, rel=1e-12)
 
 
-def test_chunks_do_not_matter(monkeypatch):
-    probs, images, roi = inputs(9)
-    whole = dense_crf_loss(probs, images, roi, downscale=1.0)
-    for chunk in (1, 130):
-        monkeypatch.setattr(crf, "CHUNK", chunk)
-        assert dense_crf_loss(probs, images, roi, downscale=1.0).item() == pytest.approx(whole.item(), rel=1e-12)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_half_precision_and_autocast_compute_in_single(form):
+def test_half_precision_and_autocast_compute_in_single():
     probs, images, roi = inputs(10)
-    single = dense_crf_loss(probs.half().float(), images, roi, form=form, samples=100)
-    half = dense_crf_loss(probs.half(), images.to(torch.uint8), roi, form=form, samples=100)
+    single = dense_crf_loss(probs.half().float(), images, roi)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = dense_crf_loss(probs.half(), images.to(torch.uint8), roi)
     assert half.dtype == torch.float32
     assert half.item() == pytest.approx(single.item(), rel=1e-6)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert dense_crf_loss(probs.float(), images, roi, form=form, samples=100).item() == pytest.approx(
-            dense_crf_loss(probs.float(), images, roi, form=form, samples=100).item(), rel=1e-6
-        )
 
 
 def test_nothing_inside_the_region():
     probs, images, roi = inputs(11)
     probs.requires_grad_()
-    for form in FORMS:
-        loss = dense_crf_loss(probs, images, torch.zeros_like(roi), downscale=1.0, form=form)
-        assert loss.item() == 0
-        assert torch.autograd.grad(loss, probs)[0].abs().max() == 0
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        dict(sigma_rgb=0.0),
-        dict(sigma_xy=-1.0),
-        dict(downscale=0.0),
-        dict(downscale=2.0),
-        dict(radius=-1),
-        dict(samples=0),
-    ],
-)
-def test_settings_out_of_range(bad):
-    probs, images, roi = inputs()
-    with pytest.raises(ValueError, match="must be positive"):
-        dense_crf_loss(probs, images, roi, **bad)
-
-
-def test_an_unknown_form():
-    probs, images, roi = inputs()
-    with pytest.raises(ValueError, match="form is 'permutohedral'; it must be one of exact, windowed, sampled"):
-        dense_crf_loss(probs, images, roi, form="permutohedral")
+    loss = dense_crf_loss(probs, images, torch.zeros_like(roi), downscale=1.0)
+    assert loss.item() == 0 and torch.autograd.grad(loss, probs)[0].abs().max() == 0
 
 
 # Inference
@@ -239,48 +153,6 @@ def test_mean_field_is_brute_force(crf):
     torch.testing.assert_close(mean_field(probs.float(), images, crf).double(), found, rtol=1e-4, atol=1e-5)
 
 
-def test_without_messages_probabilities_stay():
-    probs, images = pictures(1)
-    probs = 0.9 * probs + 0.1 / C  # none is clipped
-    for silent in (CRF(position_weight=0.0, weight=0.0), CRF(iterations=0)):
-        torch.testing.assert_close(mean_field(probs, images, silent), probs, rtol=1e-9, atol=0)
-    sure = torch.zeros(1, C, 2, 2, dtype=torch.float64)
-    sure[:, 0] = 1
-    clipped = mean_field(sure, images[:1, :, :2, :2], CRF(iterations=0))[0, :, 0, 0]
-    assert clipped.tolist() == pytest.approx([1 / (1 + 2e-5), 1e-5 / (1 + 2e-5), 1e-5 / (1 + 2e-5)])
-
-
-def test_a_single_pixel_has_a_closed_form():
-    """It sends to itself alone, with weight w_1 + w_2: q <- softmax(log p + w q)."""
-    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    q = p
-    for _ in range(3):
-        q = (p.log() + 2.5 * q).softmax(0)
-    image = torch.full((1, 3, 1, 1), 77, dtype=torch.uint8)
-    found = mean_field(p.view(1, 3, 1, 1), image, CRF(position_weight=1.0, weight=1.5, iterations=3))
-    torch.testing.assert_close(found.flatten(), q, rtol=1e-12, atol=0)
-
-
-def test_colours_decide_where_labels_end():
-    """A wrong pixel takes the label of its colour, not of its neighbours."""
-    image = torch.zeros(1, 3, 6, 6, dtype=torch.uint8)
-    image[..., 3:] = 250
-    truth = torch.zeros(6, 6, dtype=torch.long)
-    truth[:, 3:] = 1
-    probs = F.one_hot(truth, 2).permute(2, 0, 1)[None] * 0.6 + 0.2
-    probs[0, :, 2, 3] = torch.tensor([0.7, 0.3])
-    assert (mean_field(probs, image).argmax(1) == truth).all()
-
-
-def test_labels_and_mirror_images_are_treated_alike():
-    probs, images = pictures(2, 5, 7)
-    found = mean_field(probs, images)
-    order = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(mean_field(probs[:, order], images), found[:, order])
-    torch.testing.assert_close(mean_field(probs.flip(3), images.flip(3)).flip(3), found)
-    torch.testing.assert_close(mean_field(probs.mT, images.mT).mT, found)
-
-
 def test_rows_of_the_kernel_do_not_matter(monkeypatch):
     probs, images = pictures(3, 6, 5)
     whole = mean_field(probs, images)
@@ -306,19 +178,21 @@ def test_widths_follow_the_size():
         CRF(rgb=0.0)
 
 
-def test_images_must_be_whole_numbers_of_the_same_size():
+def test_bad_input():
+    probs, images, roi = inputs()
+    for bad in (dict(sigma_rgb=0.0), dict(sigma_xy=-1.0), dict(downscale=0.0), dict(downscale=2.0)):
+        with pytest.raises(ValueError, match="must be positive"):
+            dense_crf_loss(probs, images, roi, **bad)
     probs, images = pictures()
     for wrong in (images.float(), images[:, :, 1:], images[:, :2], images[:1]):
         with pytest.raises(ValueError, match="needs uint8 images"):
             mean_field(probs, wrong)
 
 
-def test_large_images_need_the_package(monkeypatch):
+def test_the_lattice_needs_its_package(monkeypatch):
     probs, images = pictures(dtype=torch.float32)
-    assert torch.equal(crf.dense_crf(probs, images), mean_field(probs, images))
-    monkeypatch.setattr(crf, "EXACT_PIXELS", H * W - 1)
-    monkeypatch.setitem(sys.modules, "pydensecrf", None)
-    monkeypatch.setitem(sys.modules, "pydensecrf.densecrf", None)
-    with pytest.raises(ModuleNotFoundError, match="of 5 x 4 pixels needs pydensecrf2: pip install .* up to 19 pixels"):
-        crf.dense_crf(probs, images)
+    for name in ("pydensecrf", "pydensecrf.densecrf"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match="of 5 x 4 pixels needs pydensecrf2: pip install "):
+        lattice_crf(probs[0].numpy(), images[0].permute(1, 2, 0).numpy())
     assert not has_lattice()

@@ -9,7 +9,7 @@ from torch import nn
 
 from repro.data.mask_views import MaskViews
 from repro.measure.segmentation import confusion
-from repro.solvers.crf import CRF, dense_crf
+from repro.solvers.crf import CRF, mean_field
 from repro.tasks import tags as crf_scores
 from repro.tasks.tags import Protocol, inference_of, protocol_counts, protocol_of, protocol_scores
 
@@ -68,7 +68,7 @@ def recounted(network, items, protocol, views, chosen=None):
                 logits = torch.maximum(logits, sum(over_scales) / len(over_scales))
             smooth += confusion(mask[None], logits.argmax(1), K)[0]
             if chosen is None or position in chosen:
-                labels = dense_crf(logits.softmax(1), image[None], protocol.crf).argmax(1)
+                labels = mean_field(logits.softmax(1), image[None], protocol.crf).argmax(1)
                 refined += confusion(mask[None], labels, K)[0]
             position += 1
     return smooth, refined

@@ -17,7 +17,7 @@ from tests.data.fixtures import small
 
 ROWS = {"cifar10": (40, 20), "cifar100": (200, 100), "svhn": (40, 20)}
 # Every method that a paper offers, with the first such paper; methods added later are covered by themselves.
-OFFERED = {m: name for name, paper in reversed(PAPERS.items()) for m in getattr(paper, "METHODS", ()) if m in METHODS}
+OFFERED = {m: name for name, paper in reversed(PAPERS.items()) for m in paper.spec.methods if m in METHODS}
 FAST = {"network": "wrn-10-1", "steps": 2, "batch": 4, "precision": "fp32"}
 
 
@@ -45,7 +45,10 @@ def views_of(run):
 # Running
 
 
-@pytest.mark.parametrize(("method", "data"), [(m, d) for m in OFFERED for d in ROWS if d in PAPERS[OFFERED[m]].DATA])
+CASES = [(method, data) for method in OFFERED for data in ROWS if data in PAPERS[OFFERED[method]].spec.data]
+
+
+@pytest.mark.parametrize(("method", "data"), CASES)
 def test_paper_recipes_train_on_data_in_the_hubs_schema(method, data, tmp_path, monkeypatch):
     rows, tests = ROWS[data]
     small(monkeypatch, tmp_path, data, train=rows, test=tests)

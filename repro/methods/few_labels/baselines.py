@@ -5,13 +5,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from repro.data.augment import Views
-from repro.methods.few_labels.common import consistency_loss, linear_ramp, pseudo_label, squared_error, three_views
+from repro.methods.few_labels.common import (
+    Checked,
+    FewLabels,
+    consistency_loss,
+    linear_ramp,
+    pseudo_label,
+    squared_error,
+    three_views,
+)
 from repro.models.modes import held_statistics
-from repro.settings import check, hyper
-from repro.train import Items, Losses, Method, Now, PseudoLabels
+from repro.settings import hyper
+from repro.train import Items, Losses, Now, PseudoLabels
 
 # Supervised
 
@@ -21,14 +28,10 @@ class SupervisedSettings:
     """No hyper-parameter of its own."""
 
 
-class Supervised(Method):
+class Supervised(FewLabels):
     """L = mean_b CE(y_b, p(weak(x_b))) on the labelled images alone."""
 
     Settings = SupervisedSettings
-
-    def __init__(self, settings: SupervisedSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.network, self.views = network, views
 
     def streams(self, pool, recipe):
         return {"labelled": (pool.labelled, recipe.batch)}
@@ -43,25 +46,16 @@ class Supervised(Method):
 
 
 @dataclass(frozen=True)
-class PseudoLabelSettings:
+class PseudoLabelSettings(Checked):
     threshold: float = hyper(0.95, "tau", "released code (USB, TorchSSL); Lee: 0", low=0, high=1)
     unlabelled_weight: float = hyper(1.0, "alpha_f", "released code (USB, TorchSSL); Lee: 3", low=0)
     ramp: float = hyper(0.4, "T_2", "released code (USB, TorchSSL), fraction of training", low=0, high=1)
 
-    def __post_init__(self):
-        check(self)
 
-
-class PseudoLabel(Method):
+class PseudoLabel(FewLabels):
     """L = CE(labelled) + ramp * weight * mean_b 1[m_b >= tau] CE(argmax z_b, z_b), z of a weak view."""
 
     Settings = PseudoLabelSettings
-
-    def __init__(
-        self, settings: PseudoLabelSettings, network: nn.Module, views: Views, classes: int, pool_size: int
-    ):
-        super().__init__()
-        self.settings, self.network, self.views = settings, network, views
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         settings, labelled, unlabelled = self.settings, batch["labelled"], batch["unlabelled"]
@@ -84,15 +78,12 @@ class PseudoLabel(Method):
 
 
 @dataclass(frozen=True)
-class MeanTeacherSettings:
+class MeanTeacherSettings(Checked):
     unlabelled_weight: float = hyper(50.0, "lambda_u", "released code (USB, TorchSSL)", low=0)
     ramp: float = hyper(0.4, "", "released code (USB, TorchSSL), fraction of training", low=0, high=1)
 
-    def __post_init__(self):
-        check(self)
 
-
-class MeanTeacher(Method):
+class MeanTeacher(FewLabels):
     """L = CE(labelled) + ramp * weight * MSE(student on one weak view, EMA teacher on another).
 
     Both passes over unlabelled images normalise by their own batch and leave the running averages alone: what
@@ -100,12 +91,6 @@ class MeanTeacher(Method):
     """
 
     Settings = MeanTeacherSettings
-
-    def __init__(
-        self, settings: MeanTeacherSettings, network: nn.Module, views: Views, classes: int, pool_size: int
-    ):
-        super().__init__()
-        self.settings, self.network, self.views = settings, network, views
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         settings, labelled, unlabelled = self.settings, batch["labelled"], batch["unlabelled"]
@@ -130,7 +115,7 @@ class MeanTeacher(Method):
 
 
 @dataclass(frozen=True)
-class UDASettings:
+class UDASettings(Checked):
     threshold: float = hyper(0.8, "beta", "UDA (CIFAR); released code (USB, TorchSSL)", low=0, high=1)
     temperature: float = hyper(0.4, "tau", "UDA (CIFAR); released code (TorchSSL)", low=1e-2)
     unlabelled_weight: float = hyper(1.0, "lambda", "UDA; released code", low=0)
@@ -144,27 +129,19 @@ class UDASettings:
         choices=("toolbox", "paper"),
     )
 
-    def __post_init__(self):
-        check(self)
-
 
 def annealed_threshold(schedule: str, progress: float, classes: int) -> float:
     """eta in [1/K, 1]: labelled samples predicted with more than this are left out.
 
-    schedule: none (1), linear, exp or log; progress: in [0, 1].
-    Source: UDA, training signal annealing; released code (USB, TorchSSL).
+    schedule: none (1), linear, exp or log; progress: in [0, 1]. Source: UDA (training signal annealing).
     """
     if schedule == "none":
         return 1.0
-    share = {
-        "linear": progress,
-        "exp": math.exp(5 * (progress - 1)),
-        "log": 1 - math.exp(-5 * progress),
-    }[schedule]
+    share = {"linear": progress, "exp": math.exp(5 * (progress - 1)), "log": 1 - math.exp(-5 * progress)}[schedule]
     return share * (1 - 1 / classes) + 1 / classes
 
 
-def annealed_loss(logits: Tensor, labels: Tensor, threshold: float, rule: str) -> Tensor:
+def annealed_loss(logits: Tensor, labels: Tensor, threshold: float, rule: str = "toolbox") -> Tensor:
     """Cross-entropy of the labelled samples whose probability is at most `threshold`.
 
     logits: (B, K); labels: (B,); rule: see `UDASettings.annealing_rule`. 0 when none is kept.
@@ -177,9 +154,7 @@ def annealed_loss(logits: Tensor, labels: Tensor, threshold: float, rule: str) -
     return total / (len(logits) if rule == "toolbox" else kept.sum().clamp(min=1))
 
 
-def soft_consistency_loss(
-    strong_logits: Tensor, weak_logits: Tensor, mask: Tensor, temperature: float
-) -> Tensor:
+def soft_consistency_loss(strong_logits: Tensor, weak_logits: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """mean_b mask_b CE(softmax(weak_b / T), softmax(strong_b)) over all U samples.
 
     strong_logits, weak_logits: (U, K), the weak ones get no gradient; mask: (U,).
@@ -189,18 +164,12 @@ def soft_consistency_loss(
     return (F.cross_entropy(strong_logits, target, reduction="none") * mask).mean()
 
 
-class UDA(Method):
+class UDA(FewLabels):
     Settings = UDASettings
-
-    def __init__(self, settings: UDASettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.settings, self.network, self.views, self.classes = settings, network, views, classes
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         settings, labelled, unlabelled = self.settings, batch["labelled"], batch["unlabelled"]
-        logits, weak_logits, strong_logits, _ = three_views(
-            self.network, self.views, labelled, unlabelled, now.teacher
-        )
+        logits, weak_logits, strong_logits, _ = three_views(self.network, self.views, labelled, unlabelled, now.teacher)
         label, confidence = pseudo_label(weak_logits)
         mask = confidence >= settings.threshold  # on the prediction before sharpening
         eta = annealed_threshold(settings.annealing, now.progress, self.classes)

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from repro.data.augment import Views
 from repro.methods.few_labels.common import (
+    Checked,
+    WeakToStrong,
     add_margins,
     area_under_margin,
     average_margins,
+    draw_weight,
     last_of_each,
     margins,
     probabilities,
@@ -36,11 +39,8 @@ from repro.methods.few_labels.fixmatch import (
     remember,
 )
 from repro.models.modes import held_statistics
-from repro.settings import check, hyper
+from repro.settings import hyper
 from repro.train import Items, Losses, Method, Now
-
-# Pairs of easy and hard images
-
 
 # Each mixup: which labelled half meets which unlabelled half.
 PAIRINGS = {
@@ -72,7 +72,7 @@ def draw_partner(similarity: Tensor, pool: int, rule: str) -> Tensor:
     """A partner for each row of similarity (n, m): a column number, (n,) int64, uniform among its candidates.
 
     rule: the min(pool, m) least (`dissimilar`) or most (`similar`) alike columns, or all (`random`).
-    Ties go to the lower column; the cut at m is ours, released code needs 15. Draws from torch's global generator.
+    Ties go to the lower column. The pool is cut at m; released code needs 15 columns. Draws from torch's generator.
     """
     n, m = similarity.shape
     k = m if rule == "random" else min(pool, m)
@@ -101,12 +101,6 @@ def draw_pairs(
     return pairs
 
 
-def draw_weight(alpha: float, device: torch.device) -> Tensor:
-    """l ~ Beta(alpha, alpha), one for a whole mixup, 0-dim, not folded, drawn on the device. Source: released code."""
-    concentration = torch.full((), alpha, device=device)
-    return torch.distributions.Beta(concentration, concentration, validate_args=False).sample()
-
-
 def mixed_loss(logits: Tensor, target: Tensor, kind: str) -> Tensor:
     """Loss of mixed images, lam * l(labelled label) + (1 - lam) * l(pseudo-label): linear in the target, so one term.
 
@@ -119,7 +113,7 @@ def mixed_loss(logits: Tensor, target: Tensor, kind: str) -> Tensor:
     return F.cross_entropy(logits, target)
 
 
-BASES: dict[str, type[Method]] = {
+BASES: dict[str, type[WeakToStrong]] = {
     "fixmatch": FixMatch,
     "flexmatch": FlexMatch,
     "softmatch": SoftMatch,
@@ -134,7 +128,7 @@ def of_base(settings: type, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class CalibrateMixSettings:
+class CalibrateMixSettings(Checked):
     base: str = hyper("softmatch", "", "released code: softmatch; others are reconstructions", choices=tuple(BASES))
     warmup: int = hyper(150_000, "", "released code (one more): iterations of the base alone", low=0)
     delta: float = hyper(0.997, "delta", "released code", low=0, high=1)
@@ -175,9 +169,6 @@ class CalibrateMixSettings:
     fairness_weight: float = of_base(FreeMatchSettings, "fairness_weight")
     statistic: str = of_base(FreeMatchSettings, "statistic")
     clip: str = of_base(FreeMatchSettings, "clip")
-
-    def __post_init__(self):
-        check(self)
 
     def base_settings(self) -> Any:
         """The settings of the base alone."""
@@ -260,8 +251,18 @@ class CalibrateMix(Method):
         return Losses(terms, losses.pseudo), logits, mixed_logits, weak_logits
 
     def keep(self) -> dict[str, Tensor]:
-        """AUM, APM and last pseudo-label by pool index: see `scores`."""
-        return scores(self)
+        """What training has recorded of each image, by pool index: float32 (N,), and int64 (N,) for the pseudo-label.
+
+        aum: mean margin of the label; apm: average pseudo-margin at the last pseudo-label, NaN for images never
+        recorded; pseudo_label: the argmax when an image was last recorded, -1 for never.
+        """
+        label, aum = self.pseudo_label, area_under_margin(self.margin_sum, self.visits)
+        apm = self.apm.gather(1, label.clamp(min=0)[:, None])[:, 0]
+        return {
+            "aum": aum.where(self.visits > 0, torch.nan).float(),
+            "apm": apm.where(label >= 0, torch.nan).float(),
+            "pseudo_label": label,
+        }
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         settings, labelled, unlabelled = self.settings, batch["labelled"], batch["unlabelled"]
@@ -295,18 +296,3 @@ class CalibrateMix(Method):
         mixups = zip(mixed_logits.split([len(target) for target in targets]), targets, strict=True)
         terms["mixed"] = sum(mixed_loss(rows, target, settings.mixed_loss) for rows, target in mixups)
         return Losses(terms, first.pseudo)
-
-
-def scores(method: CalibrateMix) -> dict[str, Tensor]:
-    """What training has recorded of each image, by pool index: float32 (N,), and int64 (N,) for the pseudo-label.
-
-    aum: mean margin of the label; apm: average pseudo-margin at the last pseudo-label, NaN for images never recorded;
-    pseudo_label: the argmax when an image was last recorded, -1 for never.
-    """
-    label = method.pseudo_label
-    apm = method.apm.gather(1, label.clamp(min=0)[:, None])[:, 0]
-    return {
-        "aum": area_under_margin(method.margin_sum, method.visits).where(method.visits > 0, torch.nan).float(),
-        "apm": apm.where(label >= 0, torch.nan).float(),
-        "pseudo_label": label,
-    }

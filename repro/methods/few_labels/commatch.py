@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repro.data.augment import Views
-from repro.methods.few_labels.common import repeats, three_views
+from repro.methods.few_labels.common import Checked, FewLabels, repeats, three_views
 from repro.models.modes import stochastic_probs
-from repro.settings import SettingError, check, hyper
-from repro.train import Items, Losses, Method, Now, PseudoLabels
+from repro.settings import SettingError, hyper
+from repro.train import Items, Losses, Now, PseudoLabels
 
 
 @dataclass(frozen=True)
-class ComMatchSettings:
+class ComMatchSettings(Checked):
     positive_weight: float = hyper(0.5, "lambda", "ours; stated only: lambda < mu", low=0)
     negative_weight: float = hyper(1.0, "mu", "ours; stated only: lambda < mu", low=0)
     positive_start: float = hyper(0.9, "t_p", "stated", low=0, high=1)
@@ -42,9 +42,6 @@ class ComMatchSettings:
     negatives_for: str = hyper("all", "", "ours; UPS: unselected samples only", choices=("all", "unselected"))
     positive_mean: str = hyper("batch", "", "FixMatch: batch", choices=("batch", "selected"))
     negative_mean: str = hyper("batch", "", "ours; UPS: samples with a negative", choices=("batch", "selected"))
-
-    def __post_init__(self):
-        check(self)
 
 
 def thresholds(settings: ComMatchSettings, epoch: int) -> tuple[float, float]:
@@ -117,16 +114,15 @@ def negative_loss(logits: Tensor, mask: Tensor, mean_over: str = "batch") -> Ten
     return per_sample.sum() / n
 
 
-class ComMatch(Method):
+class ComMatch(FewLabels):
     Settings = ComMatchSettings
 
     def __init__(self, settings: ComMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
+        super().__init__(settings, network, views, classes, pool_size)
         if not any(module.p > 0 for module in network.modules() if isinstance(module, nn.Dropout)):
             raise SettingError(
                 "ComMatch predicts by dropout passes, and the network has none: set dropout > 0 (recipe: 0.3)"
             )
-        self.settings, self.network, self.views = settings, network, views
         # Read only with stability = labels: the last argmax and how steadily it has been repeated.
         self.register_buffer("last_label", torch.full((pool_size,), -1, dtype=torch.int64))
         self.register_buffer("consistency", torch.zeros(pool_size))
@@ -172,9 +168,7 @@ class ComMatch(Method):
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         settings, labelled, unlabelled = self.settings, batch["labelled"], batch["unlabelled"]
-        logits, _, strong_logits, weak = three_views(
-            self.network, self.views, labelled, unlabelled, now.teacher
-        )
+        logits, _, strong_logits, weak = three_views(self.network, self.views, labelled, unlabelled, now.teacher)
         positive, negative, weight = self.select(weak, unlabelled.index, now.epoch)
         positives = positive_loss(strong_logits, positive.label, weight, settings.positive_mean)
         negatives = negative_loss(strong_logits, negative.mask, settings.negative_mean)

@@ -1,6 +1,7 @@
 """What methods for few labels share: forward passes, pseudo-labels, ramps, distribution alignment, mixing, margins."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from repro.data.augment import Views
 from repro.models.modes import held_statistics
+from repro.settings import check
 from repro.train import Items, Losses, Method, Now
 
 
@@ -34,14 +36,43 @@ def three_views(
     return labelled_logits, weak_logits.detach(), strong_logits, weak
 
 
+class Checked:
+    """Settings that refuse a value of the wrong type or outside its range when they are made."""
+
+    def __post_init__(self):
+        check(self)
+
+
+class FewLabels(Method):
+    """What the constructors of most methods keep. classes: K; pool_size: images in the pool, for buffers by index."""
+
+    def __init__(self, settings: Any, network: nn.Module, views: Views, classes: int, pool_size: int):
+        super().__init__()
+        self.settings, self.network, self.views, self.classes = settings, network, views, classes
+
+
+class WeakToStrong(FewLabels):
+    """FixMatch and its descendants: cross-entropy of the labelled views, and the terms of `unlabelled`."""
+
+    def unlabelled(self, weak_logits: Tensor, strong_logits: Tensor, index: Tensor) -> Losses:
+        """Weighted terms, and hard labels as "positive", of the images with pool indices `index` (U,).
+
+        weak_logits: (U, K), without gradient; strong_logits: (U, K). State moves by assigning buffers.
+        """
+        raise NotImplementedError
+
+    def losses(self, batch: dict[str, Items], now: Now) -> Losses:
+        labelled, unlabelled = batch["labelled"], batch["unlabelled"]
+        logits, weak_logits, strong_logits, _ = three_views(self.network, self.views, labelled, unlabelled, now.teacher)
+        losses = self.unlabelled(weak_logits, strong_logits, unlabelled.index)
+        return Losses({"supervised": F.cross_entropy(logits, labelled.labels)} | losses.terms, losses.pseudo)
+
+
 # Pseudo-labels
 
 
 def pseudo_label(weak_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Class and confidence of the weak view.
-
-    weak_logits: (U, K). Returns argmax (U,) int64 and max softmax (U,), both without gradient.
-    """
+    """Argmax (U,) int64 and maximum softmax (U,) of weak_logits (U, K), both without gradient."""
     confidence, label = weak_logits.detach().softmax(dim=1).max(dim=1)
     return label, confidence
 
@@ -54,24 +85,10 @@ def consistency_loss(strong_logits: Tensor, label: Tensor, weight: Tensor) -> Te
     return (F.cross_entropy(strong_logits, label, reduction="none") * weight).mean()
 
 
-def weak_to_strong(method: Method, batch: dict[str, Items], now: Now) -> Losses:
-    """One step of FixMatch and its descendants: cross-entropy of the labelled views, and `method.unlabelled`.
-
-    method: has `network`, `views` and `unlabelled(weak_logits (U, K) without gradient, strong_logits (U, K), index
-        (U,)) -> Losses`, which weights its terms, reports hard labels as "positive" and moves state by assigning
-        buffers.
-    """
-    labelled, unlabelled = batch["labelled"], batch["unlabelled"]
-    logits, weak_logits, strong_logits, _ = three_views(method.network, method.views, labelled, unlabelled, now.teacher)
-    losses = method.unlabelled(weak_logits, strong_logits, unlabelled.index)
-    return Losses({"supervised": F.cross_entropy(logits, labelled.labels)} | losses.terms, losses.pseudo)
-
-
 def linear_ramp(progress: float, length: float) -> float:
     """min(1, progress / length): weight of an unlabelled loss, 0 at the start.
 
-    progress, length: fractions of training in [0, 1]; length 0: no ramp.
-    Source: released code (USB, TorchSSL).
+    progress, length: fractions of training in [0, 1]; length 0: no ramp. Source: released code (USB, TorchSSL).
     """
     return min(1.0, progress / length) if length > 0 else 1.0
 
@@ -102,8 +119,7 @@ def align(probs: Tensor, prior: Tensor, marginal: Tensor) -> Tensor:
 def follow(marginal: Tensor, probs: Tensor, decay: float) -> Tensor:
     """The running mean (K,) of the predictions after a batch (n, K).
 
-    marginal: (K,), all zero before the first batch, which then sets it.
-    Source: released code (USB, TorchSSL).
+    marginal: (K,), all zero before the first batch, which then sets it. Source: released code (USB, TorchSSL).
     """
     batch_mean = probs.mean(dim=0)
     return torch.where(marginal.sum() > 0, decay * marginal + (1 - decay) * batch_mean, batch_mean)
@@ -120,35 +136,25 @@ def sharpen(probs: Tensor, temperature: float) -> Tensor:
     return (probs.log() / temperature).softmax(dim=1)
 
 
-def mixing_weight(alpha: float, device: torch.device | str) -> Tensor:
-    """max(l, 1 - l) with l ~ Beta(alpha, alpha): one number in [.5, 1] for a whole batch, 0-dim.
+def draw_weight(alpha: float, device: torch.device) -> Tensor:
+    """l ~ Beta(alpha, alpha), one for a whole batch, 0-dim, drawn on the device so that nothing waits for the host.
 
-    alpha: above 0; device: where it is drawn, so that nothing waits for the host.
-    Source: MixMatch, Eq. 8 and 9; the papers draw one l a sample, TorchSSL and USB one a batch, as here.
+    Source: TorchSSL, USB, CalibrateMix's released code; the papers of MixMatch and ReMixMatch draw one l a sample.
     """
     concentration = torch.full((), alpha, device=device)
-    drawn = torch.distributions.Beta(concentration, concentration, validate_args=False).sample()
-    return torch.maximum(drawn, 1 - drawn)
-
-
-def blend(values: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
-    """weight * values + (1 - weight) * values[partner].
-
-    values: (n, ...) images or targets.
-    partner: (n,) int64; weight: 0-dim, in [0, 1].
-    Source: MixMatch, Eq. 10 and 11.
-    """
-    return weight * values + (1 - weight) * values[partner]
+    return torch.distributions.Beta(concentration, concentration, validate_args=False).sample()
 
 
 def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Images (n, C, H, W) and targets (n, K), both blended with one permutation of themselves by one weight.
+    """l v + (1 - l) v[partner] of images (n, C, H, W) and of targets (n, K), with one permutation and one weight.
 
-    Source: MixMatch, section 3.3; released code (TorchSSL).
+    The weight is folded, max(l, 1 - l). Source: MixMatch, Eq. 8 to 11; released code (TorchSSL).
     """
-    weight = mixing_weight(alpha, images.device)
+    drawn = draw_weight(alpha, images.device)
+    weight = torch.maximum(drawn, 1 - drawn)
     partner = torch.randperm(len(images), device=images.device)
-    return blend(images, partner, weight), blend(targets, partner, weight)
+    mixed_images, mixed_targets = (weight * values + (1 - weight) * values[partner] for values in (images, targets))
+    return mixed_images, mixed_targets
 
 
 def interleaving(size: int, chunks: int, device: torch.device | str) -> Tensor:

@@ -6,28 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from repro.data.augment import Views
-from repro.methods.few_labels.common import align, consistency_loss, follow, pseudo_label, weak_to_strong
-from repro.settings import check, hyper
-from repro.train import Items, Losses, Method, Now, PseudoLabels
+from repro.methods.few_labels.common import Checked, WeakToStrong, align, consistency_loss, follow, pseudo_label
+from repro.settings import hyper
+from repro.train import Losses, PseudoLabels
 
 # FixMatch
 
 
 @dataclass(frozen=True)
-class FixMatchSettings:
+class FixMatchSettings(Checked):
     threshold: float = hyper(0.95, "tau", "FixMatch, section 2.2", low=0, high=1)
     unlabelled_weight: float = hyper(1.0, "lambda_u", "FixMatch, section 2.2", low=0)
 
-    def __post_init__(self):
-        check(self)
 
-
-class FixMatch(Method):
+class FixMatch(WeakToStrong):
     Settings = FixMatchSettings
-
-    def __init__(self, settings: FixMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.settings, self.network, self.views = settings, network, views
 
     def unlabelled(self, weak_logits: Tensor, strong_logits: Tensor, index: Tensor) -> Losses:
         label, confidence = pseudo_label(weak_logits)
@@ -35,21 +28,15 @@ class FixMatch(Method):
         loss = self.settings.unlabelled_weight * consistency_loss(strong_logits, label, mask)
         return Losses({"consistency": loss}, {"positive": PseudoLabels(index, label, mask, confidence)})
 
-    def losses(self, batch: dict[str, Items], now: Now) -> Losses:
-        return weak_to_strong(self, batch, now)
-
 
 # FlexMatch
 
 
 @dataclass(frozen=True)
-class FlexMatchSettings:
+class FlexMatchSettings(Checked):
     threshold: float = hyper(0.95, "tau", "FlexMatch, section 4.1", low=0, high=1)
     unlabelled_weight: float = hyper(1.0, "lambda", "FlexMatch, section 4.1", low=0)
     threshold_warmup: bool = hyper(True, "", "FlexMatch, Eq. 11: unused samples count as a class")
-
-    def __post_init__(self):
-        check(self)
 
 
 def learning_status(selected: Tensor, classes: int, threshold_warmup: bool = True) -> Tensor:
@@ -67,19 +54,15 @@ def learning_status(selected: Tensor, classes: int, threshold_warmup: bool = Tru
 
 
 def flexible_threshold(beta: Tensor, threshold: float) -> Tensor:
-    """tau_c = tau * beta_c / (2 - beta_c), the convex mapping. Shapes as beta.
-
-    Source: FlexMatch, Eq. 7 and section 4.3.
-    """
+    """tau_c = tau * beta_c / (2 - beta_c), the convex mapping; shaped as beta. Source: FlexMatch, Eq. 7."""
     return threshold * beta / (2 - beta)
 
 
 def remember(selected: Tensor, index: Tensor, label: Tensor, confident: Tensor) -> Tensor:
     """`selected` (N,) after a step: the class of each confident sample of the batch, others unchanged.
 
-    index, label, confident: (U,). An index twice in the batch takes its last confident occurrence, by a maximum over
-    positions rather than an indexed write, so the result is deterministic on every device (ours; toolboxes leave it
-    open).
+    index, label, confident: (U,). An index twice in the batch takes its last confident occurrence (toolboxes leave this
+    open). The maximum over positions, unlike an indexed write, gives the same result on every device.
     """
     position = torch.arange(1, len(index) + 1, device=index.device) * confident
     last = torch.zeros_like(selected).scatter_reduce(0, index, position, "amax")
@@ -87,12 +70,11 @@ def remember(selected: Tensor, index: Tensor, label: Tensor, confident: Tensor) 
     return torch.where(last > 0, chosen, selected)
 
 
-class FlexMatch(Method):
+class FlexMatch(WeakToStrong):
     Settings = FlexMatchSettings
 
     def __init__(self, settings: FlexMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.settings, self.network, self.views, self.classes = settings, network, views, classes
+        super().__init__(settings, network, views, classes, pool_size)
         self.register_buffer("selected", torch.full((pool_size,), -1, dtype=torch.int64))
 
     def select(self, index: Tensor, label: Tensor, confidence: Tensor) -> Tensor:
@@ -109,15 +91,12 @@ class FlexMatch(Method):
         loss = self.settings.unlabelled_weight * consistency_loss(strong_logits, label, mask)
         return Losses({"consistency": loss}, {"positive": PseudoLabels(index, label, mask, confidence)})
 
-    def losses(self, batch: dict[str, Items], now: Now) -> Losses:
-        return weak_to_strong(self, batch, now)
-
 
 # FreeMatch
 
 
 @dataclass(frozen=True)
-class FreeMatchSettings:
+class FreeMatchSettings(Checked):
     unlabelled_weight: float = hyper(1.0, "w_u", "FreeMatch; released code (USB, TorchSSL)", low=0)
     fairness_weight: float = hyper(0.001, "w_f", "USB's vision configs; its default and TorchSSL: .01", low=0)
     ema_p: float = hyper(0.999, "lambda", "FreeMatch; released code (USB, TorchSSL)", low=0, high=1)
@@ -131,9 +110,6 @@ class FreeMatchSettings:
         choices=("none", "usb", "torchssl"),
     )
 
-    def __post_init__(self):
-        check(self)
-
 
 def histogram(label: Tensor, weight: Tensor, classes: int) -> Tensor:
     """Weighted number of samples of each class, (K,).
@@ -141,16 +117,6 @@ def histogram(label: Tensor, weight: Tensor, classes: int) -> Tensor:
     label: (n,) int64; weight: (n,) float. A product with one-hot rows: the same on every device, nothing waits for it.
     """
     return (torch.eye(classes, dtype=weight.dtype, device=weight.device)[label] * weight[:, None]).sum(dim=0)
-
-
-def self_adaptive_threshold(tau: Tensor, marginal: Tensor, clip: str = "none") -> Tensor:
-    """tau_c = tau * p_c / max_k p_k.
-
-    tau: 0-dim; marginal: p (K,); clip: see `FreeMatchSettings.clip`, of which `torchssl` acts here.
-    Source: FreeMatch (self-adaptive threshold); released code.
-    """
-    threshold = tau * marginal / marginal.max()
-    return threshold.clamp(0.9, 0.95) if clip == "torchssl" else threshold
 
 
 def _balanced(probs: Tensor, counts: Tensor) -> Tensor:
@@ -173,14 +139,23 @@ def fairness_loss(strong_logits: Tensor, mask: Tensor, marginal: Tensor, label_h
     return (target * (predicted + 1e-12).log()).sum() * mask.any()
 
 
-class FreeMatch(Method):
+def self_adaptive_threshold(tau: Tensor, marginal: Tensor, clip: str = "none") -> Tensor:
+    """tau_c = tau * p_c / max_k p_k.
+
+    tau: 0-dim; marginal: p (K,); clip: see `FreeMatchSettings.clip`, of which `torchssl` acts here.
+    Source: FreeMatch (self-adaptive threshold); released code.
+    """
+    threshold = tau * marginal / marginal.max()
+    return threshold.clamp(0.9, 0.95) if clip == "torchssl" else threshold
+
+
+class FreeMatch(WeakToStrong):
     """L = CE(labelled) + w_u mean_b 1[m_b >= tau_c] CE(c_b, strong_b) + w_f * fairness."""
 
     Settings = FreeMatchSettings
 
     def __init__(self, settings: FreeMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.settings, self.network, self.views, self.classes = settings, network, views, classes
+        super().__init__(settings, network, views, classes, pool_size)
         self.register_buffer("tau", torch.tensor(1 / classes))
         self.register_buffer("marginal", torch.full((classes,), 1 / classes))
         self.register_buffer("label_histogram", torch.full((classes,), 1 / classes))
@@ -208,42 +183,34 @@ class FreeMatch(Method):
             {"positive": PseudoLabels(index, label, mask, confidence)},
         )
 
-    def losses(self, batch: dict[str, Items], now: Now) -> Losses:
-        return weak_to_strong(self, batch, now)
-
 
 # SoftMatch
 
 
 @dataclass(frozen=True)
-class SoftMatchSettings:
+class SoftMatchSettings(Checked):
     unlabelled_weight: float = hyper(1.0, "lambda_u", "SoftMatch; released code (USB)", low=0)
     n_sigma: float = hyper(2.0, "n_sigma", "released code (USB): the variance is divided by its square", low=1e-3)
     ema_p: float = hyper(0.999, "m", "SoftMatch; released code (USB): of mean, variance, class marginal", low=0, high=1)
     alignment: str = hyper("uniform", "UA", "SoftMatch; released code (USB)", choices=("uniform", "none"))
 
-    def __post_init__(self):
-        check(self)
-
 
 def gaussian_weight(confidence: Tensor, mean: Tensor, variance: Tensor, n_sigma: float) -> Tensor:
     """exp(-min(m - mu, 0)^2 / (2 sigma^2 / n_sigma^2)): 1 from the mean upwards, a Gaussian below it.
 
-    confidence: (U,); mean, variance: 0-dim. Returns (U,) in [0, 1].
-    Source: SoftMatch (truncated Gaussian weight); n_sigma: released code.
+    confidence: (U,); mean, variance: 0-dim. Returns (U,) in [0, 1]. Source: SoftMatch; n_sigma: released code.
     """
     below = (confidence - mean).clamp(max=0)
     return (-(below**2) / (2 * variance.clamp(min=1e-12) / n_sigma**2)).exp()
 
 
-class SoftMatch(Method):
+class SoftMatch(WeakToStrong):
     """L = CE(labelled) + lambda_u mean_b w_b CE(argmax q_b, strong_b); w from aligned q, the argmax from q itself."""
 
     Settings = SoftMatchSettings
 
     def __init__(self, settings: SoftMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.settings, self.network, self.views = settings, network, views
+        super().__init__(settings, network, views, classes, pool_size)
         self.register_buffer("marginal", torch.zeros(classes))  # the first batch sets it
         self.register_buffer("mean", torch.tensor(1 / classes))
         self.register_buffer("variance", torch.tensor(1.0))
@@ -264,6 +231,3 @@ class SoftMatch(Method):
         weight = self.weigh(weak_logits.detach().softmax(dim=1))
         loss = self.settings.unlabelled_weight * consistency_loss(strong_logits, label, weight)
         return Losses({"consistency": loss}, {"positive": PseudoLabels(index, label, weight, confidence)})
-
-    def losses(self, batch: dict[str, Items], now: Now) -> Losses:
-        return weak_to_strong(self, batch, now)

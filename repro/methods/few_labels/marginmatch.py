@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from repro.data.augment import Views
 from repro.methods.few_labels.common import (
+    Checked,
+    FewLabels,
     average_margins,
     consistency_loss,
     last_of_each,
@@ -21,12 +23,12 @@ from repro.methods.few_labels.common import (
     zeroed_margins,
 )
 from repro.methods.few_labels.fixmatch import flexible_threshold, learning_status, remember
-from repro.settings import check, hyper
-from repro.train import Items, Losses, Method, Now, PseudoLabels
+from repro.settings import hyper
+from repro.train import Items, Losses, Now, PseudoLabels
 
 
 @dataclass(frozen=True)
-class MarginMatchSettings:
+class MarginMatchSettings(Checked):
     threshold: float = hyper(0.95, "tau", "FlexMatch; released code", low=0, high=1)
     unlabelled_weight: float = hyper(1.0, "lambda_u", "released code", low=0)
     threshold_warmup: bool = hyper(True, "", "FlexMatch, Eq. 11; released code")
@@ -51,8 +53,15 @@ class MarginMatchSettings:
         "pseudo_label", "", "argmax: released code's, over K + 1 logits", choices=("pseudo_label", "argmax")
     )
 
-    def __post_init__(self):
-        check(self)
+
+def margin_threshold(apm: Tensor, percentile: float, rule: str = "quantile") -> Tensor:
+    """gamma, 0-dim, from the mislabelled subset's APM at the extra class.
+
+    apm: (n,), n at least 1; percentile: in [0, 1]; rule: see `MarginMatchSettings.percentile_rule`.
+    """
+    if rule == "quantile":
+        return apm.quantile(percentile)
+    return apm.sort(descending=True).values[int(len(apm) * percentile // 100)]
 
 
 class ExtraClassNetwork(nn.Module):
@@ -80,17 +89,7 @@ class ExtraClassNetwork(nn.Module):
         return torch.cat([self.network.head(features), self.extra(features)], dim=1)
 
 
-def margin_threshold(apm: Tensor, percentile: float, rule: str = "quantile") -> Tensor:
-    """gamma, 0-dim, from the mislabelled subset's APM at the extra class.
-
-    apm: (n,), n at least 1; percentile: in [0, 1]; rule: see `MarginMatchSettings.percentile_rule`.
-    """
-    if rule == "quantile":
-        return apm.quantile(percentile)
-    return apm.sort(descending=True).values[int(len(apm) * percentile // 100)]
-
-
-class MarginMatch(Method):
+class MarginMatch(FewLabels):
     """L = CE(labelled) + lambda_u mean_b w_b CE(c_b, strong_b), over K + 1 classes.
 
     w_b = 1[m_b >= tau_c] 1[APM_bc >= gamma], or, for a mislabelled image, c_b = K and w_b = the share of the batch that
@@ -100,9 +99,7 @@ class MarginMatch(Method):
     Settings = MarginMatchSettings
 
     def __init__(self, settings: MarginMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
-        self.settings, self.views, self.classes = settings, views, classes
-        self.network = ExtraClassNetwork(network)
+        super().__init__(settings, ExtraClassNetwork(network), views, classes, pool_size)
         subset = max(1, min(int(pool_size * settings.subset_share), pool_size // classes))
         self.register_buffer("selected", torch.full((pool_size,), -1, dtype=torch.int64))
         self.register_buffer("apm", torch.zeros(pool_size, classes + 1))

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from repro.data.augment import Views
 from repro.methods.few_labels.common import (
+    Checked,
+    FewLabels,
     align,
     chunked_logits,
     follow,
@@ -18,23 +20,20 @@ from repro.methods.few_labels.common import (
     squared_error,
 )
 from repro.models.modes import held_statistics
-from repro.settings import check, hyper
-from repro.train import Items, Losses, Method, Now, PseudoLabels
+from repro.settings import hyper
+from repro.train import Items, Losses, Now, PseudoLabels
 
 # MixMatch
 
 
 @dataclass(frozen=True)
-class MixMatchSettings:
+class MixMatchSettings(Checked):
     augmentations: int = hyper(2, "K", "MixMatch; released code", low=1)
     temperature: float = hyper(0.5, "T", "MixMatch; released code", low=1e-2)
     alpha: float = hyper(0.5, "alpha", "released code (MixMatch, USB, TorchSSL)", low=1e-2)
     unlabelled_weight: float = hyper(100.0, "lambda_U", "released code (MixMatch, TorchSSL)", low=0)
     ramp: float = hyper(0.4, "", "released code (USB, TorchSSL); MixMatch's: 1/64 of training", low=0, high=1)
     interleave: bool = hyper(True, "", "released code (MixMatch, TorchSSL); USB: False")
-
-    def __post_init__(self):
-        check(self)
 
 
 @torch.no_grad()
@@ -47,30 +46,30 @@ def guess(network: nn.Module, views: list[Tensor]) -> Tensor:
         return torch.stack([network(view).float().softmax(dim=1) for view in views]).mean(dim=0)
 
 
-class MixMatch(Method):
+def mixed_logits(method: FewLabels, labelled: Items, target: Tensor, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits and targets (n, K) of a weak view of the labelled images (the first B rows) and of `views`, all mixed.
+
+    target: (U, K), of each of the views (U, C, H, W). Source: MixMatch, Algorithm 1.
+    """
+    settings, size = method.settings, len(labelled.images)
+    truth = torch.eye(method.classes, device=target.device)[labelled.labels]
+    own = method.views.weak(labelled.images)
+    images, targets = mixup(torch.cat([own, *views]), torch.cat([truth, *[target] * len(views)]), settings.alpha)
+    return chunked_logits(method.network, images, size, settings.interleave), targets
+
+
+class MixMatch(FewLabels):
     """L = soft CE(mixed labelled) + ramp * weight * MSE(mixed unlabelled), both mixed with everything."""
 
     Settings = MixMatchSettings
-
-    def __init__(
-        self, settings: MixMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int
-    ):
-        super().__init__()
-        self.settings, self.network, self.views, self.classes = settings, network, views, classes
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         settings, labelled, unlabelled = self.settings, batch["labelled"], batch["unlabelled"]
         views = [self.views.weak(unlabelled.images) for _ in range(settings.augmentations)]
         probs = guess(self.network, views)
         target = sharpen(probs, settings.temperature)
-        truth = torch.eye(self.classes, device=target.device)[labelled.labels]
-        images, targets = mixup(
-            torch.cat([self.views.weak(labelled.images), *views]),
-            torch.cat([truth, *[target] * settings.augmentations]),
-            settings.alpha,
-        )
+        logits, targets = mixed_logits(self, labelled, target, views)
         size = len(labelled.images)
-        logits = chunked_logits(self.network, images, size, settings.interleave)
         weight = settings.unlabelled_weight * linear_ramp(now.progress, settings.ramp)
         confidence, label = probs.max(dim=1)  # before sharpening: what the network believes
         every = torch.ones_like(label, dtype=torch.bool)
@@ -87,7 +86,7 @@ class MixMatch(Method):
 
 
 @dataclass(frozen=True)
-class ReMixMatchSettings:
+class ReMixMatchSettings(Checked):
     temperature: float = hyper(0.5, "T", "ReMixMatch; released code", low=1e-2)
     alpha: float = hyper(0.75, "alpha", "ReMixMatch; released code", low=1e-2)
     mixed_weight: float = hyper(1.5, "lambda_U", "ReMixMatch; released code", low=0)
@@ -96,9 +95,6 @@ class ReMixMatchSettings:
     ramp: float = hyper(1 / 64, "", "released code (all three), fraction of training", low=0, high=1)
     marginal_decay: float = hyper(0.999, "", "USB, TorchSSL; paper: mean of 128 batches", low=0, high=1)
     interleave: bool = hyper(True, "", "released code (ReMixMatch, TorchSSL); USB: False")
-
-    def __post_init__(self):
-        check(self)
 
 
 class RotationNetwork(nn.Module):
@@ -126,24 +122,19 @@ class RotationNetwork(nn.Module):
 def rotate(images: Tensor, quarters: Tensor) -> Tensor:
     """Each image turned counter-clockwise by its number of quarter turns.
 
-    images: (n, C, S, S), square; quarters: (n,) int64 in 0..3.
-    Source: ReMixMatch; the direction is TorchSSL's.
+    images: (n, C, S, S), square; quarters: (n,) int64 in 0..3. Source: ReMixMatch; the direction is TorchSSL's.
     """
     turned = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])
     return turned[quarters, torch.arange(len(images), device=images.device)]
 
 
-class ReMixMatch(Method):
+class ReMixMatch(FewLabels):
     """L = CE(mixed labelled) + r w_U CE(mixed unlabelled) + r w_U1 CE(strong) + w_r CE(rotation)."""
 
     Settings = ReMixMatchSettings
 
-    def __init__(
-        self, settings: ReMixMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int
-    ):
-        super().__init__()
-        self.settings, self.views, self.classes = settings, views, classes
-        self.network = RotationNetwork(network)
+    def __init__(self, settings: ReMixMatchSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
+        super().__init__(settings, RotationNetwork(network), views, classes, pool_size)
         self.register_buffer("prior", torch.full((classes,), 1 / classes))
         self.register_buffer("marginal", torch.zeros(classes))
 
@@ -163,14 +154,8 @@ class ReMixMatch(Method):
         weak = self.views.weak(unlabelled.images)
         strong, second = self.views.strong(unlabelled.images), self.views.strong(unlabelled.images)
         aligned, target = self.target(guess(self.network, [weak]))
-        truth = torch.eye(self.classes, device=target.device)[labelled.labels]
-        images, targets = mixup(
-            torch.cat([self.views.weak(labelled.images), strong, second, weak]),
-            torch.cat([truth, target, target, target]),
-            settings.alpha,
-        )
+        logits, targets = mixed_logits(self, labelled, target, [strong, second, weak])
         size = len(labelled.images)
-        logits = chunked_logits(self.network, images, size, settings.interleave)
         quarters = torch.randint(4, (len(strong),), device=strong.device)
         with held_statistics(self.network):
             strong_logits = self.network(strong).float()

@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repro.data.augment import Views
-from repro.methods.few_labels.commatch import instability, negative_loss, select_positive
+from repro.methods.few_labels.commatch import instability, negative_loss, select_negative, select_positive
+from repro.methods.few_labels.common import Checked, FewLabels
 from repro.models.modes import stochastic_logits
-from repro.settings import SettingError, check, hyper
-from repro.train import Items, Losses, Method, Now, PseudoLabels
+from repro.settings import SettingError, hyper
+from repro.train import Items, Losses, Now, PseudoLabels
 
 IMAGES_PER_PASS = 512  # memory only; batch norm is in evaluation mode, so results do not depend on it
 
 
 @dataclass(frozen=True)
-class UPSSettings:
+class UPSSettings(Checked):
     rounds: int = hyper(20, "", "released code; each has the recipe's steps", low=1)
     passes: int = hyper(10, "T", "UPS, released code", low=2)
     positive_threshold: float = hyper(0.7, "tau_p", "UPS, released code", low=0, high=1)
@@ -37,17 +38,12 @@ class UPSSettings:
     class_minimum: int = hyper(25, "", "released code: balancing leaves a class at least so many", low=1)
     view: str = hyper("strong", "", "released code augments every image strongly", choices=("strong", "weak"))
 
-    def __post_init__(self):
-        check(self)
-
 
 def balance(label: Tensor, deviation: Tensor, selected: Tensor, classes: int, minimum: int) -> Tensor:
     """The mask `selected` (n,) with each class cut to its steadiest samples, as many as the rarest class has.
 
-    label: (n,) int64; deviation: (n,), of the probability of `label`.
-    minimum: a class keeps at least so many, where it has them.
-    Ties go to the lower index (ours; the released code leaves them open). Reads counts on the host.
-    Source: released code.
+    label: (n,) int64; deviation: (n,), of the probability of `label`; minimum: a class keeps at least so many, where it
+    has them. Ties go to the lower index. Reads counts on the host. Source: released code, which leaves ties open.
     """
     quota = max(minimum, int(torch.bincount(label[selected], minlength=classes).min()))
     kept = torch.zeros_like(selected)
@@ -57,28 +53,16 @@ def balance(label: Tensor, deviation: Tensor, selected: Tensor, classes: int, mi
     return kept
 
 
-def reject(mean: Tensor, deviation: Tensor, label: Tensor, threshold: float, stability: float) -> Tensor:
-    """Mask (n, K) of classes held to be wrong: mean < tau_n and deviation < kappa_n, never the prediction.
-
-    mean, deviation: (n, K) at the negatives' temperature.
-    label: (n,), the prediction at temperature 1; ComMatch's `select_negative` spares the argmax of `mean`.
-    Source: released code.
-    """
-    predicted = F.one_hot(label, mean.shape[1]).bool()
-    return (mean < threshold) & (deviation < stability) & ~predicted
-
-
 def batch_shares(batch: int, positives: int, negatives: int) -> tuple[int, int]:
     """How many samples of a batch carry a label and how many only negative ones.
 
-    In proportion to their numbers, labelled ones repeated until they are no fewer: at most half are negative.
-    Source: released code.
+    In proportion to their numbers, at most half of them negative. Source: released code.
     """
     share = batch * negatives // (max(positives, negatives) + negatives) if negatives else 0
     return batch - share, share
 
 
-class UPS(Method):
+class UPS(FewLabels):
     """L = CE(given and positive labels) - mean_b sum_c g_bc log(1 - p_bc) / sum_c g_bc, g negative labels.
 
     network: needs dropout; UPS uses .3. The mean over b runs over the batch's samples with negative labels.
@@ -87,12 +71,11 @@ class UPS(Method):
     Settings = UPSSettings
 
     def __init__(self, settings: UPSSettings, network: nn.Module, views: Views, classes: int, pool_size: int):
-        super().__init__()
+        super().__init__(settings, network, views, classes, pool_size)
         if not any(module.p > 0 for module in network.modules() if isinstance(module, nn.Dropout)):
             raise SettingError(
                 "UPS measures uncertainty by dropout: build the network with dropout > 0 (published: .3)"
             )
-        self.settings, self.network, self.views, self.classes = settings, network, views, classes
         self.start = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
         self.register_buffer("positive", torch.full((pool_size,), -1, dtype=torch.int64))
         self.register_buffer("confidence", torch.zeros(pool_size))
@@ -122,8 +105,8 @@ class UPS(Method):
         if balanced:
             spread = deviation.gather(1, label[:, None])[:, 0]
             selected = balance(label, spread, selected, self.classes, settings.class_minimum)
-        negative = reject(
-            soft_mean, soft_deviation, label, settings.negative_threshold, settings.negative_stability
+        negative = select_negative(
+            soft_mean, soft_deviation, settings.negative_threshold, settings.negative_stability, spared=label
         )
         self.positive[hidden] = torch.where(selected, label, -1)
         self.confidence[hidden] = confidence

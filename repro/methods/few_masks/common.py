@@ -14,7 +14,6 @@ from repro.train import Items, Method, PixelLabels
 
 # Losses
 
-
 OHEM_THRESHOLD, OHEM_KEPT = 0.7, 200_000
 
 
@@ -53,7 +52,7 @@ LABELLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, 
 
 
 def weighted_cross_entropy(logits: Tensor, label: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
-    """sum(weight * CE(logits, label)) / number of valid pixels: the divisor counts what has no weight, too.
+    """sum(weight * CE(logits, label)) / number of valid pixels: the divisor also counts pixels without weight.
 
     logits: (B, K, H, W); label: (B, H, W) int64; weight: (B, H, W) in [0, 1] or bool, 0 where not valid;
     valid: (B, H, W) bool. Returns 0 where nothing is valid (the released code: NaN).
@@ -83,7 +82,7 @@ class MaskMethod(Method):
         self.labelled_loss, self.head_factor = labelled_loss, head_factor
 
     def streams(self, pool: Any, recipe: Any) -> dict[str, tuple[Tensor, int]]:
-        """Labelled and unlabelled images, and a second unlabelled batch in an order of its own for CutMix."""
+        """Labelled and unlabelled images, and a second unlabelled batch in its own order for CutMix."""
         count = recipe.batch * recipe.unlabelled_ratio
         return {
             "labelled": (pool.labelled, recipe.batch),
@@ -121,9 +120,8 @@ class PixelTargets:
         return PixelTargets(*(paste(mine, theirs, box) for mine, theirs in pairs))
 
     def report(self, index: Tensor, crop: Crop) -> dict[str, PixelLabels]:
-        """What the monitor is told of these targets. index: (B,) pool indices of the crops."""
-        pixels = PixelLabels(index, self.label, self.weight, self.confidence, self.valid, crop.window)
-        return {"pixels": pixels}
+        """What the monitor compares with hidden masks. index: (B,) pool indices of the crops."""
+        return {"pixels": PixelLabels(index, self.label, self.weight, self.confidence, self.valid, crop.window)}
 
 
 def threshold_targets(logits: Tensor, padding: Tensor, threshold: float) -> PixelTargets:

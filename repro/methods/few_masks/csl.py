@@ -1,7 +1,7 @@
 """CSL, confidence separable learning (Liu & Liu, ICCV 2025): pixels weighted by a per-image split, trusted ones masked.
 
-The paper's equations could not be had; this follows code that was read in parts and is held to be the authors'
-(reconstruction where it says so). `separation` holds the equations of the weights.
+The paper's equations were not available. This follows parts of the code that is held to be the authors'; what was
+chosen here instead is marked.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repro.arrays import at_least_float32
 from repro.data.mask_views import hide, paste
 from repro.measure.reliability import wide
 from repro.methods.few_masks.common import MaskMethod, PixelTargets, detached, threshold_targets, weighted_cross_entropy
@@ -17,7 +18,6 @@ from repro.settings import check, hyper
 from repro.train import Items, Losses, Now
 
 # Features, split and weights
-
 
 FORMS = ("released", "paper")
 RULES = ("or", "and")
@@ -60,7 +60,7 @@ def confidence_features(probs: Tensor, form: str = "released") -> Features:
         raise ValueError(
             f"probs are {probs.dtype} {tuple(probs.shape)}; they must be floating (B, K, H, W) with K of at least 2"
         )
-    probs = probs.detach().to(torch.promote_types(probs.dtype, torch.float32))
+    probs = at_least_float32(probs.detach())
     others = probs.shape[1] - 1
     confidence, label = probs.max(1)
     mean = (1 - confidence) / others
@@ -80,15 +80,15 @@ def separate(confidence: Tensor, residual: Tensor, valid: Tensor) -> Tensor:
     confidence, residual: (B, H, W) floating, |residual| < confidence as `confidence_features` makes them, of either
         form: both give the same split where they differ in sign only.
     Ties and, where s_2 = 0 and Y is not unique (one pixel, equal pixels, K = 2 in the paper's form), all pixels get 0.
-    Source: released code, which calls the SVD; the Gram matrix in its place is ours.
+    Source: released code, which calls the SVD; here the Gram matrix takes its place.
     """
     size = max(1, BLOCK // max(1, len(valid)))
     columns = (x.flatten(1).split(size, 1) for x in (confidence, residual, valid))
     parts = list(zip(*columns, strict=True))
     low, high = cone(*sum(gram(*part) for part in parts))
     cluster = torch.empty(len(valid), valid[0].numel(), dtype=torch.int64, device=valid.device)
-    for part, place in zip(parts, cluster.split(size, 1), strict=True):
-        place.copy_(outside(*part, low, high))
+    for part, columns in zip(parts, cluster.split(size, 1), strict=True):
+        columns.copy_(outside(*part, low, high))
     return cluster.view(valid.shape)
 
 
@@ -103,7 +103,7 @@ def cone(cc: Tensor, cr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
 
     cc, cr, rr: (B,), the entries of X^T X, cc > rr.
     s_2^2 is det / s_1^2 and the tilt a half angle's tangent: nothing cancels though s_2 / s_1 is about 1e-3 at K = 21.
-    s_2 = 0 is a det below 4096 roundings of its terms, in float64 an angle of 1e-6 between the columns.
+    s_2 counts as 0 where det is below 4096 roundings of its terms, in float64 an angle of 1e-6 between the columns.
     """
     half = (cc - rr) / 2
     root = torch.hypot(half, cr)
@@ -145,37 +145,27 @@ def reliable_statistics(confidence: Tensor, residual: Tensor, cluster: Tensor, v
 
 
 def pixel_weights(
-    confidence: Tensor,
-    residual: Tensor,
-    valid: Tensor,
-    reliable: Reliable,
-    alpha: float = 8.0,
-    rule: str = "or",
-    features: str = "both",
-    soft: bool = True,
-    form: str = "released",
-    eps: float = 1e-8,
-) -> Tensor:
-    """Loss weight (B, H, W) in [0, 1], in the dtype of confidence; exactly 1 is what the method calls reliable.
+    confidence: Tensor, residual: Tensor, valid: Tensor, reliable: Reliable, alpha: float = 8.0, rule: str = "or",
+    features: str = "both", soft: bool = True, form: str = "released", eps: float = 1e-8,
+) -> Tensor:  # fmt: skip
+    """Loss weight (B, H, W) in [0, 1], in the dtype of confidence. A pixel is called reliable where it is exactly 1.
 
     z_c = (c - mu_c) / sqrt(var_c + eps) and z_r = (mu_r - r) / sqrt(var_r + eps), its sign turned for the paper's form,
     are above 0 on the reliable side of the cluster's means.
     confidence, residual, valid: (B, H, W), valid bool. reliable: of the same form.
     alpha: above 0; the Gaussian's width is sqrt(alpha / 2) standard deviations of the cluster, 2 at 8.
-    rule: `or`, 1 where any z > 0, else exp(-(z_c^2 + z_r^2) / alpha); `and` (ours), 1 where no z < 0, else the same of
-        the z below 0 alone, so that a z on the good side never lowers a weight. (Under `or` no z is above 0 there.)
-    features: whose z are read, `both`, `confidence` or `dispersion` (ours). The split always reads both: one column has
-        one singular vector.
-    soft: False keeps a weight of 1 and sets others to 0 (ours), so z_c = z_r = 0 stays reliable, as in the soft weights
-        of the released code. At alpha 8, |z| < 5e-4 rounds to 1 in float32 too.
+    rule: `or`, 1 where any z > 0, else exp(-(z_c^2 + z_r^2) / alpha); `and` (ablation chosen here), 1 where no z < 0,
+        else the same of the z below 0 alone, so that a z on the good side never lowers a weight.
+    features: which z are read, `both`, `confidence` or `dispersion` (the last two chosen here). The split always reads
+        both, because one column has one singular vector.
+    soft: False (an ablation chosen here) keeps a weight of 1 and sets others to 0, so z_c = z_r = 0 stays reliable, as
+        in the soft weights of the released code. At alpha 8, |z| < 5e-4 rounds to 1 in float32 too.
     eps: not small: var_r is about 2e-8 at K = 21.
     Raises ValueError for unknown names. Source: released code.
     """
     known("form", form, FORMS), known("rule", rule, RULES), known("features", features, FEATURES)
     c, r = wide(confidence), wide(residual)
-    mean_c, mean_r, var_c, var_r = (
-        value[:, None, None] for value in (reliable.mean_c, reliable.mean_r, reliable.var_c, reliable.var_r)
-    )
+    mean_c, mean_r, var_c, var_r = (value[:, None, None] for value in vars(reliable).values())
     z_c = (c - mean_c) / (var_c + eps).sqrt()
     z_r = (mean_r - r if form == "released" else r - mean_r) / (var_r + eps).sqrt()
     z = torch.stack({"both": [z_c, z_r], "confidence": [z_c], "dispersion": [z_r]}[features])
@@ -187,22 +177,14 @@ def pixel_weights(
 
 
 def image_weights(
-    probs: Tensor,
-    valid: Tensor,
-    *,
-    form: str = "released",
-    rule: str = "or",
-    features: str = "both",
-    soft: bool = True,
-    alpha: float = 8.0,
-    scope: str = "image",
-    eps: float = 1e-8,
-) -> tuple[Tensor, Features]:
+    probs: Tensor, valid: Tensor, *, form: str = "released", rule: str = "or", features: str = "both",
+    soft: bool = True, alpha: float = 8.0, scope: str = "image", eps: float = 1e-8,
+) -> tuple[Tensor, Features]:  # fmt: skip
     """Weights (B, H, W) of a prediction and its features: the whole chain; other arguments as in `pixel_weights`.
 
     probs: (B, K, H, W), as in `confidence_features`. valid: (B, H, W) bool, False at padding.
-    scope: the pixels that share a split and its statistics: `image`, as released; `class` (ours), those of one
-        predicted class in one image; `batch` (ours), all.
+    scope: the pixels that share a split and its statistics: `image`, as released; ablations chosen here: `class`, those
+        of one predicted class in one image; `batch`, all.
     Raises ValueError for unknown names and other shapes.
     """
     known("scope", scope, SCOPES)
@@ -245,7 +227,6 @@ def known(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 # The method
 
-
 SELECTIONS = ("gaussian", "hard", "threshold")
 
 
@@ -271,7 +252,7 @@ def csl_targets(logits: Tensor, padding: Tensor, settings: CSLSettings) -> Pixel
     """Pseudo-labels with their weights.
 
     logits: (B, K, H, W) of a weak view, whose gradient is cut here; padding: (B, H, W) bool.
-    Source: released code; see `separation`.
+    Source: released code.
     """
     if settings.selection == "threshold":
         return threshold_targets(logits, padding, settings.threshold)
@@ -285,7 +266,7 @@ def csl_targets(logits: Tensor, padding: Tensor, settings: CSLSettings) -> Pixel
 class CSL(MaskMethod):
     """L = (L_x + L_s / 4 + L_m / 4 + L_fp / 2) / 2.
 
-    Under bf16 the mix batch is predicted in bf16 as all else is; the code that was read seems to do so in float32.
+    In bf16 runs the mix batch is predicted in bf16 too; the released code appears to use float32 there.
     """
 
     Settings = CSLSettings

@@ -1,28 +1,26 @@
 """AFA (Ru et al., CVPR 2022): affinity between patches, learnt from attention, along which the CAM walks.
 
-Losses, labels and stages are those of the released code for VOC. (On COCO it takes the labels of the
-affinity from the walked CAM as well.) Deviations of ours:
-- The trunk is the ViT of the other methods in place of MiT-B1, with its auxiliary classifier and its segmentation head.
-- The CAM itself walks. The released code walks its softmax beside a constant background; here one map serves both the
-  labels and the evaluation.
+Losses, labels and stages are those of the released code for VOC. (On COCO it takes the labels of the affinity from the
+walked CAM as well.) Two things differ here: the trunk is the ViT of the other methods in place of MiT-B1, with its
+auxiliary classifier and segmentation head, and the CAM itself walks, so that one map serves labels and evaluation; the
+released code walks the softmax of the CAM and a constant background.
 """
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repro.cam import bilinear, multi_scale_cam, widened
-from repro.data.mask_views import MaskViews
-from repro.data.masks import IGNORE
+from repro.arrays import IGNORE, Items, at_least_float32
+from repro.cam import bilinear, multi_scale_cam
 from repro.methods.image_tags.common import Prediction, TagMethod, Trunk, tag_terms
-from repro.models.vit import ViT, to_map
-from repro.recipe import TagRecipe
+from repro.models.vit import ViT
 from repro.settings import check, hyper
-from repro.train import Items, Losses, Now
+from repro.train import Losses, Now
 
 # Affinity
 
@@ -30,28 +28,25 @@ from repro.train import Items, Losses, Now
 def symmetric_scores(scores: Iterable[Tensor], skip: int) -> Tensor:
     """S + S^T (B, M, N, N) of the patches, M heads of all blocks together.
 
-    scores: (B, heads, skip + N, skip + N) of each block, before the softmax, queries in rows; finite between patches.
+    scores: (B, heads, skip + N, skip + N) of each block, before the softmax, queries in rows.
     skip: class tokens in front, which are left out. Source: released code; its backbone has no class token.
     """
-    patches = torch.cat([widened(block)[:, :, skip:, skip:] for block in scores], 1)
+    patches = torch.cat([at_least_float32(block)[:, :, skip:, skip:] for block in scores], 1)
     return patches + patches.mT
 
 
 def neighbours(grid: tuple[int, int], radius: int, device: torch.device | None = None) -> Tensor:
-    """Pairs (N, N) bool of patches at most `radius` rows and at most `radius` columns apart; a patch is its own.
-
-    A square window, cut off at the border. radius: at least 0, in patches. Source: released code.
-    """
+    """Pairs (N, N) bool of patches at most `radius` rows and at most `radius` columns apart, each with itself too."""
     rows, columns = (torch.arange(side, device=device) for side in grid)
     above, beside = ((at[:, None] - at).abs() <= radius for at in (rows, columns))
     return (above[:, None, :, None] & beside[:, None]).flatten(2).flatten(0, 1)
 
 
 def affinity_pairs(labels: Tensor, grid: tuple[int, int], radius: int) -> tuple[Tensor, Tensor]:
-    """Pairs of patches (B, N, N) bool with one label, and pairs with two; neither where one of both is 255 or too far.
+    """Neighbouring patches (B, N, N) bool with one label, and those with two labels; a patch of 255 makes no pair.
 
-    labels: (B, H, W) integers, refined, of which a patch takes the nearest pixel: the first one of its square. The
-        background is a label like others, and each labelled patch is alike with itself.
+    labels: (B, H, W) integers, refined; a patch takes the nearest pixel, which is the first one of its square. The
+        background is a label like others, and each labelled patch makes a pair with itself.
     radius: of `neighbours`. Source: released code.
     """
     patches = F.interpolate(labels[:, None].float(), size=grid, mode="nearest").flatten(1)
@@ -62,13 +57,12 @@ def affinity_pairs(labels: Tensor, grid: tuple[int, int], radius: int) -> tuple[
 
 
 def affinity_loss(logits: Tensor, alike: Tensor, apart: Tensor) -> Tensor:
-    """L_aff = .5 sum_alike (1 - a) / (#alike + 1) + .5 sum_apart a / (#apart + 1), a = sigmoid(logits); a scalar.
+    """L_aff = .5 sum_alike (1 - a) / (#alike + 1) + .5 sum_apart a / (#apart + 1), a = sigmoid(logits).
 
-    All (B, N, N), and sums and counts over the whole batch. In [0, 1), and 0 where there is no pair.
-    Source: released code.
+    logits, alike, apart: (B, N, N). Sums and counts are over the whole batch. Source: released code.
     """
-    logits = widened(logits)
-    # 1 - a is sigmoid(-z): no difference of nearly equal numbers, so sure pairs keep a gradient
+    logits = at_least_float32(logits)
+    # 1 - a is computed as sigmoid(-z), so that sure pairs keep a gradient
     pull, push = (
         torch.where(pairs, score.sigmoid(), 0).sum() / (pairs.sum() + 1)
         for pairs, score in ((alike, -logits), (apart, logits))
@@ -77,23 +71,22 @@ def affinity_loss(logits: Tensor, alike: Tensor, apart: Tensor) -> Tensor:
 
 
 def transition(logits: Tensor, near: Tensor, power: float = 2.0) -> Tensor:
-    """T (B, N, N): the affinities between neighbours to a power, element by element, over their sum in each row.
+    """T (B, N, N), T_ij = a_ij^power / sum_k a_ik^power, k over the neighbours of i; 0 for other j.
 
-    T_ij = a_ij^power / sum_k a_ik^power, k over the neighbours of i, 0 for others: rows sum to 1. In logarithms, so
-    that affinities near 0 do not divide 0 by 0; the released code adds .1 to each sum instead, which dims the map.
-    logits: (B, N, N), a = sigmoid(logits). near: (N, N) bool, of `neighbours`. power: 2, at least 0; 0 is a plain mean.
+    logits: (B, N, N), a = sigmoid(logits). near: (N, N) bool, of `neighbours`. Computed in logarithms, so that
+    affinities near 0 do not divide 0 by 0; the released code adds .1 to each sum instead, which dims the map.
     """
-    weight = power * F.logsigmoid(widened(logits))
+    weight = power * F.logsigmoid(at_least_float32(logits))
     return weight.masked_fill(~near, -math.inf).softmax(-1)
 
 
 def random_walk(cam: Tensor, steps: Tensor) -> Tensor:
     """CAM (B, C, h, w) after one step: at each patch the mean of its neighbours' values, weighted by a row of T.
 
-    cam: (B, C, h, w). steps: T (B, N, N) of `transition`. No value leaves the range of its map.
+    steps: T (B, N, N) of `transition`.
     """
     with torch.autocast(cam.device.type, enabled=False):
-        cam = widened(cam)
+        cam = at_least_float32(cam)
         return (cam.flatten(2) @ steps.to(cam.dtype).mT).unflatten(2, cam.shape[2:])
 
 
@@ -120,10 +113,10 @@ class AFASettings:
 
 
 class AFANetwork(Trunk):
-    """The trunk, the 1x1 convolution that makes affinity of attention, and as a buffer whether the CAM walks yet.
+    """The trunk, the 1x1 convolution from attention to affinity, and as a buffer whether the CAM walks yet.
 
-    settings: `AFASettings`. The convolution starts as in the released code. Raises ValueError for an encoder with fewer
-    blocks than are read, or whose last block has no attention.
+    The convolution starts as in the released code. Raises ValueError for an encoder with fewer blocks than are read, or
+    whose last block has no attention.
     """
 
     def __init__(self, encoder: ViT, classes: int, head: nn.Module, settings: AFASettings) -> None:
@@ -137,15 +130,13 @@ class AFANetwork(Trunk):
         self.register_buffer("walking", torch.zeros((), dtype=torch.bool))
 
     def predict(self, x: Tensor) -> Prediction:
-        """As of a trunk; the tokens hold the scores that `affinity` reads."""
-        tokens = self.encoder(x, LAST, softmax=False)
-        logits, logits_aux = self.classifier(tokens.patches.amax(1)), self.classifier_aux(tokens.auxiliary.amax(1))
-        return Prediction(logits, logits_aux, self.head(to_map(tokens.patches, tokens.grid)), tokens)
+        """As in a trunk; the tokens also hold the scores that `affinity` reads."""
+        return self.predicted(self.encoder(x, LAST, softmax=False))
 
     def affinity(self, scores: Iterable[Tensor]) -> Tensor:
         """Logits of the affinity (B, N, N), symmetric, from the scores (B, heads, T, T) of the last blocks.
 
-        Scores are read as q . k, without the square root of the width (released code).
+        The scores are multiplied by the square root of the width to give q . k, as in the released code.
         """
         encoder = self.encoder
         seen = symmetric_scores(scores, encoder.class_tokens) * (encoder.width / encoder.heads) ** 0.5
@@ -154,10 +145,10 @@ class AFANetwork(Trunk):
 
     @torch.no_grad()
     def maps(self, x: Tensor, scales: Sequence[float], walks: bool) -> tuple[Tensor, Tensor]:
-        """CAM (B, C, H, W) in [0, 1] over scales and flips, and the same after the walk; twice the CAM if none.
+        """CAM (B, C, H, W) in [0, 1] over scales and flips, and the same after the walk; twice the CAM without `walks`.
 
-        x: normalised images (B, 3, H, W). The walk is on the patch grid of the largest scale, along the affinity that
-        the images show there, not their mirror images; the radius counts patches of that grid (released code).
+        x: normalised images (B, 3, H, W). The walk is on the patch grid of the largest scale, along the affinity of the
+        images there, not of their mirror images. The radius counts patches of that grid (released code).
         """
         size, largest = (x.shape[2], x.shape[3]), max(scales)
         top, found = (int(largest * size[0]), int(largest * size[1])), []
@@ -178,11 +169,11 @@ class AFANetwork(Trunk):
         return cam, bilinear(random_walk(bilinear(cam, grid), steps), size)
 
     def activation(self, x: Tensor, scales: Sequence[float], tags: Tensor) -> Tensor:
-        """CAM (B, C, H, W) in [0, 1], after the walk once training has begun to walk it.
+        """CAM (B, C, H, W) in [0, 1], after the walk once training has begun to walk it; tags have no effect.
 
         That is the map which then teaches the head. The released code measures both maps: before the affinity has
         learnt anything the walk harms (.29 against .47 mean IoU at the end of the warm-up in its log), later it helps.
-        Waits for the device; for evaluation. tags: (B, C), of no effect.
+        Synchronises with the device, so use it in evaluation only.
         """
         return self.maps(x, scales, bool(self.walking))[1]
 
@@ -195,10 +186,8 @@ class AFA(TagMethod):
 
     Settings = AFASettings
 
-    def __init__(
-        self, settings: AFASettings, network: AFANetwork, views: MaskViews, recipe: TagRecipe, most: int | None = None
-    ) -> None:
-        super().__init__(settings, network, views, recipe, most)
+    def __init__(self, settings: AFASettings, network: AFANetwork, *rest: Any) -> None:
+        super().__init__(settings, network, *rest)
         if settings.freeze_norms:
             for module in network.encoder.modules():
                 if isinstance(module, (nn.LayerNorm, nn.GroupNorm)):

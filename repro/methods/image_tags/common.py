@@ -1,11 +1,11 @@
-"""What methods for image tags share: the trunk of a network, losses, contrasts of patches, the steps of a batch.
+"""What methods for image tags share: the trunk of a network, losses, the contrast of patches, and `TagMethod`.
 
-C foreground classes, N = h w patches of a grid (h, w), row by row, D features. Label maps hold 0 for the background,
-c + 1 for class c and 255 for ignored pixels, as `repro.cam` makes them. Losses are scalars in float32 at least, also
-under autocast, and 0 where nothing counts.
+There are C foreground classes, and N = h w patches of D features on a grid (h, w), row by row. Label maps hold 0 for
+the background, c + 1 for class c and 255 for ignored pixels, as `repro.cam` makes them. Losses are scalars in float32
+at least, also under autocast, and 0 where nothing counts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,23 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repro.cam import bilinear, cam_labels, multi_scale_cam, raw_cam, refined_labels, widened
+from repro.arrays import IGNORE, Items, at_least_float32
+from repro.cam import bilinear, cam_labels, multi_scale_cam, raw_cam, refined_labels
 from repro.data.mask_views import Crop, MaskViews
-from repro.data.masks import IGNORE
 from repro.models.vit import Tokens, ViT, to_map
 from repro.recipe import TagRecipe
 from repro.solvers.crf import filter_exact
-from repro.train import Items, Method, Now
+from repro.train import Method, Now
 
 # The trunk
 
 
 class Prediction(NamedTuple):
-    """What a trunk makes of B images.
-
-    logits, logits_aux: (B, C), of the tags, from the final and from the auxiliary patches
-    segmentation: (B, C + 1, h, w) logits. tokens: of the encoder
-    """
+    """What a trunk makes of B images: logits (B, C) of the tags from the final and from the auxiliary patches,
+    segmentation logits (B, C + 1, h, w), and the encoder's tokens."""
 
     logits: Tensor
     logits_aux: Tensor
@@ -40,7 +37,7 @@ class Prediction(NamedTuple):
 class Trunk(nn.Module):
     """Encoder, classifiers without bias behind a global maximum over patches, and the head that is evaluated.
 
-    encoder: a ViT. classes: C, without the background. head: (B, D, h, w) -> (B, C + 1, h, w).
+    classes: C, without the background. head: (B, D, h, w) -> (B, C + 1, h, w).
     Source: released codes of ToCo, DuPL, SeCo and PCRE.
     """
 
@@ -52,7 +49,10 @@ class Trunk(nn.Module):
 
     def predict(self, x: Tensor) -> Prediction:
         """Tags, segmentation and tokens of normalised images x (B, 3, H, W)."""
-        tokens = self.encoder(x)
+        return self.predicted(self.encoder(x))
+
+    def predicted(self, tokens: Tokens) -> Prediction:
+        """The same from the encoder's tokens."""
         logits, logits_aux = self.classifier(tokens.patches.amax(1)), self.classifier_aux(tokens.auxiliary.amax(1))
         return Prediction(logits, logits_aux, self.head(to_map(tokens.patches, tokens.grid)), tokens)
 
@@ -63,11 +63,11 @@ class Trunk(nn.Module):
 
     def raw(self, tokens: Tokens) -> Tensor:
         """Main CAM (B, C, h, w), not rectified."""
-        return raw_cam(tokens.patches, self.classifier.weight, tokens.grid, rectify=False)
+        return raw_cam(tokens.patches, self.classifier.weight, tokens.grid)
 
     def raw_aux(self, tokens: Tokens) -> Tensor:
         """Auxiliary CAM (B, C, h, w), not rectified."""
-        return raw_cam(tokens.auxiliary, self.classifier_aux.weight, tokens.grid, rectify=False)
+        return raw_cam(tokens.auxiliary, self.classifier_aux.weight, tokens.grid)
 
     def both_cams(self, x: Tensor, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Main and auxiliary CAM over scales and flips, (B, C, H, W) each, in [0, 1], from one pass a scale."""
@@ -80,9 +80,9 @@ class Trunk(nn.Module):
         return cam, aux
 
     def activation(self, x: Tensor, scales: Sequence[float], tags: Tensor) -> Tensor:
-        """What is evaluated as the CAM, (B, C, H, W) in [0, 1], of normalised images x (B, 3, H, W).
+        """The CAM (B, C, H, W) in [0, 1] that is evaluated, of normalised images x (B, 3, H, W).
 
-        tags: (B, C), for methods whose maps depend on them; those of this CAM do not.
+        tags: (B, C), for methods whose maps depend on them; this CAM does not.
         """
         return multi_scale_cam(lambda seen: self.raw(self.encoder(seen)), x, scales)
 
@@ -90,7 +90,8 @@ class Trunk(nn.Module):
 # Losses
 
 
-GRADIENTS = ("released", "exact")
+ENERGY_SCALE = 1e-7  # of the dense energy, inside its released layer
+SIGMA_RGB, SIGMA_XY = 15.0, 100.0  # of the dense energy: colours in 0..255, pixels
 
 
 def tag_loss(logits: Tensor, tags: Tensor) -> Tensor:
@@ -98,74 +99,49 @@ def tag_loss(logits: Tensor, tags: Tensor) -> Tensor:
 
     logits, tags: (B, C). Source: released codes.
     """
-    return F.binary_cross_entropy_with_logits(widened(logits), tags.to(widened(logits).dtype))
+    logits = at_least_float32(logits)
+    return F.binary_cross_entropy_with_logits(logits, tags.to(logits.dtype))
+
+
+def tag_terms(predicted: Prediction, tags: Tensor) -> dict[str, Tensor]:
+    """L_cls of the final and of the auxiliary patches. tags: (B, C)."""
+    return {"tags": tag_loss(predicted.logits, tags), "tags_aux": tag_loss(predicted.logits_aux, tags)}
 
 
 def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """L_seg: half the mean cross-entropy over background pixels and half that over all foreground pixels.
 
-    logits: (B, K, H, W); labels: (B, H, W) integers in [0, K) or 255, which no mean sees.
+    logits: (B, K, H, W). labels: (B, H, W) integers in [0, K), or 255 for ignored pixels.
     Means are sums over (count + 1e-6), so a side without pixels is 0. Source: DuPL and PCRE (released codes); ToCo's
     is NaN then.
     """
     labels = labels.long()
-    loss = F.cross_entropy(widened(logits), labels, ignore_index=IGNORE, reduction="none")
+    loss = F.cross_entropy(at_least_float32(logits), labels, ignore_index=IGNORE, reduction="none")
     sides = labels == 0, (labels != 0) & (labels != IGNORE)
     back, front = (torch.where(side, loss, 0).sum() / (side.sum(dtype=loss.dtype) + 1e-6) for side in sides)
     return 0.5 * back + 0.5 * front
 
 
-def dense_energy(
-    probs: Tensor, images: Tensor, labels: Tensor, roi: Tensor | None = None, sigma_rgb: float = 15.0,
-    sigma_xy: float = 100.0, downscale: float = 0.5, gradient: str = "released",
-) -> Tensor:  # fmt: skip
-    """L_reg, the gated dense CRF energy, a scalar, not positive; the released weight is 1e-7 at 448 x 448 pixels.
+def dense_energy(probs: Tensor, images: Tensor, labels: Tensor, roi: Tensor) -> Tensor:
+    """L_reg, the gated dense CRF energy E = -1 / B sum p gate (K p) at half the size, a scalar, not positive.
 
-    K is exact between all pixels, quadratic in their number; released codes filter by a permutohedral lattice.
-    probs: p (B, K, H, W), softmax of the head. images: (B, 3, H, W), channels in 0..255. labels: (B, H, W) or 255.
-    roi: (B, H, W) bool, False on padding; None for all. gradient: of `gated_energy`.
-    sigma_xy: in pixels of the given size. downscale: factor in (0, 1] of all maps and of sigma_xy; p is resized
-        bilinearly, the others by the nearest pixel.
-    Source: ToCo and PCRE (released codes); DuPL has none.
+    probs: p (B, K, H, W), softmax of the head. images: (B, 3, H, W), channels in 0..255.
+    labels: (B, H, W), 255 for ignored pixels. roi: (B, H, W) bool, False on padding.
+    p is resized bilinearly, the other maps by the nearest pixel. The gate has no gradient; it is 1 at ignored pixels,
+    else max(0, roi - max_k p_k). As in the released code, the gradient is -2 gate (K p) / B, as if the gate were 1
+    everywhere else. K is exact between all pixels, quadratic in their number; released codes filter by a permutohedral
+    lattice. The released weight is 1e-7 at 448 x 448 pixels. Source: ToCo and PCRE (released codes); DuPL has none.
     """
     with torch.autocast(probs.device.type, enabled=False):
-        probs = widened(probs)
-        images = images.to(probs.dtype)
-        roi = torch.ones_like(probs[:, :1]) if roi is None else roi[:, None].to(probs.dtype)
-        known = labels[:, None].to(probs.dtype)
-        if downscale < 1:
-            probs = F.interpolate(probs, scale_factor=downscale, mode="bilinear", align_corners=False)
-            images, roi, known = (F.interpolate(values, scale_factor=downscale) for values in (images, roi, known))
-        gate = energy_gate(probs, known[:, 0] == IGNORE, roi[:, 0])
-        colours, width = images / sigma_rgb, sigma_xy * downscale
-        return gated_energy(probs * roi, gate, lambda values: filter_exact(values, colours, width), gradient)
-
-
-def energy_gate(probs: Tensor, ignored: Tensor, roi: Tensor) -> Tensor:
-    """Gate (B, H, W) in [0, 1] without gradient: 1 at ignored pixels, else max(0, roi - max_k p_k).
-
-    probs: (B, K, H, W). ignored: (B, H, W) bool. roi: (B, H, W), 1 inside the image. Source: ToCo (released code).
-    """
-    return (roi - probs.detach().amax(1)).clamp(min=0).masked_fill(ignored, 1)
-
-
-def gated_energy(probs: Tensor, gate: Tensor, smooth: Callable[[Tensor], Tensor], gradient: str = "released") -> Tensor:
-    """E = -1 / B sum p gate (K p), a scalar.
-
-    probs: p (B, K, H, W), 0 outside the image. gate: (B, H, W). smooth: p to K p, the same shape, K symmetric.
-    gradient: `released`, -2 gate (K p) / B, which is that of E for a gate that is 1 everywhere; `exact`, that of E for
-        the gate it has, -(gate (K p) + K (gate p)) / B, through `smooth` (ours).
-    Raises ValueError for another gradient.
-    """
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient is {gradient!r}; it must be one of {', '.join(map(repr, GRADIENTS))}")
-    gate = gate[:, None]
-    if gradient == "exact":
-        return -(probs * gate * smooth(probs)).sum() / len(probs)
-    with torch.no_grad():
-        slope = gate * smooth(probs)
-    energy = (probs * slope).sum() / len(probs)
-    return energy.detach() - 2 * energy
+        probs = F.interpolate(at_least_float32(probs), scale_factor=0.5, mode="bilinear", align_corners=False)
+        maps = (images.to(probs.dtype), roi[:, None].to(probs.dtype), labels[:, None].to(probs.dtype))
+        images, inside, known = (F.interpolate(values, scale_factor=0.5) for values in maps)
+        gate = (inside - probs.detach().amax(1, keepdim=True)).clamp(min=0).masked_fill(known == IGNORE, 1)
+        probs = probs * inside
+        with torch.no_grad():
+            slope = gate * filter_exact(probs, images / SIGMA_RGB, SIGMA_XY / 2)
+        energy = (probs * slope).sum() / len(probs)
+        return energy.detach() - 2 * energy
 
 
 # Contrast of patches
@@ -174,7 +150,7 @@ def gated_energy(probs: Tensor, gate: Tensor, smooth: Callable[[Tensor], Tensor]
 def cosines(first: Tensor, second: Tensor) -> Tensor:
     """cos (..., n, m) of each pair of vectors (..., n, D) and (..., m, D); 0 for vectors of length 0."""
     with torch.autocast(first.device.type, enabled=False):
-        first, second = (F.normalize(widened(vectors), dim=-1, eps=1e-8) for vectors in (first, second))
+        first, second = (F.normalize(at_least_float32(vectors), dim=-1, eps=1e-8) for vectors in (first, second))
         return first @ second.mT
 
 
@@ -201,16 +177,15 @@ def patch_contrast(patches: Tensor, labels: Tensor) -> Tensor:
     return balanced_contrast(cosines(patches, patches).abs(), pairs & same, pairs & ~same)
 
 
-# Steps
+# The method
 
 
 FAST = {"classifier", "classifier_aux", "head", "projection"}  # parts of a parameter's name
-ENERGY_SCALE = 1e-7  # of the dense energy, inside its released layer
 
 
 @dataclass(frozen=True)
 class View:
-    """x: normalised images (B, 3, S, S), black where padded. crop: where they come from. tags: (B, C), floating."""
+    """Normalised images x (B, 3, S, S), black where padded, the crop that they come from, and tags (B, C), floating."""
 
     x: Tensor
     crop: Crop
@@ -221,8 +196,8 @@ class TagMethod(Method):
     """A method that segments from image tags.
 
     settings: the method's own. network: a trunk, or what a method makes of one. views: made on its device.
-    recipe: the thresholds, scales and the length of the warm-up are read.
-    most: classes that an image shows at most, when known: no label map is refined for more. None for all.
+    recipe: gives thresholds, scales and the length of the warm-up.
+    most: the largest number of classes in an image, if known: no label map is refined for more. None for all.
     """
 
     def __init__(
@@ -232,11 +207,11 @@ class TagMethod(Method):
         self.settings, self.network, self.views, self.recipe, self.most = settings, network, views, recipe, most
 
     def streams(self, pool: Any, recipe: Any) -> dict[str, tuple[Tensor, int]]:
-        """Every image, with its tags in place of a label."""
+        """One stream of all images, with tags as their labels."""
         return {"tagged": (pool.labelled, recipe.batch)}
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Classifiers, heads and projections learn faster; weight decay on everything (released codes)."""
+        """Classifiers, heads and projections learn faster; weight decay acts on all parameters (released codes)."""
         fast, slow = [], []
         for name, value in self.named_parameters():
             if value.requires_grad:
@@ -255,18 +230,18 @@ class TagMethod(Method):
         return self.views.crop(images, torch.zeros_like(images[:, 0]))
 
     def view(self, items: Items) -> View:
-        """What a step learns from: crops, coloured if the recipe says so, and their images' tags."""
+        """Crops, with changed colours if the recipe asks for them, and their images' tags."""
         crop = self.crop(items.images)
         return View(self.views.strong(crop) if self.recipe.colour else self.views.weak(crop), crop, items.labels)
 
     def pixels(self, view: View) -> Tensor:
-        """The view's images in [0, 1], as refinement and energy need them."""
+        """The view's images in [0, 1], for refinement and energy."""
         return (view.x * self.views.std[:, None, None] + self.views.mean[:, None, None]).clamp(0, 1)
 
     def labels(self, view: View, cam: Tensor, high: float | Tensor | None = None) -> Tensor:
-        """Refined label map (B, S, S) of a CAM, 255 where undecided or padded: what the segmentation head learns.
+        """Refined label map (B, S, S) of a CAM, 255 where undecided or padded, for the segmentation head.
 
-        cam: (B, C, S, S) in [0, 1]. high: in place of the recipe's, a number or (B,).
+        cam: (B, C, S, S) in [0, 1]. high: a number or (B,), None for the recipe's.
         """
         low, high = self.recipe.cam_low, self.recipe.cam_high if high is None else high
         valid = ~view.crop.padding
@@ -275,29 +250,21 @@ class TagMethod(Method):
     def patch_labels(
         self, view: View, cam: Tensor, grid: tuple[int, int], high: float | Tensor | None = None
     ) -> Tensor:
-        """Label map (B, h, w) of a CAM on the patch grid, not refined, for contrasts: the CAM is resized, then cut.
+        """Label map (B, h, w) of a CAM resized to the patch grid, not refined. cam, high: as in `labels`.
 
-        cam, high: as for `labels`. A patch that holds padding is 255 (ours; released codes cut the pixels' box out of
-        the patches' map, which takes hardly any patch away).
+        A patch that holds padding is 255 (chosen here; released codes apply the box of pixels to the map of patches,
+        which removes hardly any patch).
         """
         padded = F.adaptive_max_pool2d(view.crop.padding[:, None].float(), grid)[:, 0] > 0
         high = self.recipe.cam_high if high is None else high
         return cam_labels(bilinear(cam, grid), view.tags, self.recipe.cam_low, high, ~padded)
 
-    def energy(self, logits: Tensor, labels: Tensor, view: View) -> Tensor:
-        """L_reg of the head's logits (B, K, S, S) with the labels (B, S, S) that it learns."""
-        probs = widened(logits).softmax(1)
-        return ENERGY_SCALE * dense_energy(probs, 255 * self.pixels(view), labels, ~view.crop.padding)
-
     def head_terms(self, logits: Tensor, labels: Tensor, view: View) -> dict[str, Tensor]:
-        """L_seg, and L_reg if it has a weight, by the settings' weights. logits: (B, K, h, w); labels: (B, S, S)."""
-        logits = bilinear(logits, (labels.shape[1], labels.shape[2]))
-        terms = {"segmentation": self.settings.seg_weight * balanced_cross_entropy(logits, labels)}
-        if self.settings.energy_weight:
-            terms["energy"] = self.settings.energy_weight * self.energy(logits, labels, view)
+        """L_seg, and L_reg if it has a weight, with the settings' weights. logits: (B, K, h, w); labels: (B, S, S)."""
+        settings, logits = self.settings, bilinear(logits, (labels.shape[1], labels.shape[2]))
+        terms = {"segmentation": settings.seg_weight * balanced_cross_entropy(logits, labels)}
+        if settings.energy_weight:
+            probs = at_least_float32(logits).softmax(1)
+            energy = dense_energy(probs, 255 * self.pixels(view), labels, ~view.crop.padding)
+            terms["energy"] = settings.energy_weight * (ENERGY_SCALE * energy)
         return terms
-
-
-def tag_terms(predicted: Prediction, tags: Tensor) -> dict[str, Tensor]:
-    """L_cls and its auxiliary twin. tags: (B, C)."""
-    return {"tags": tag_loss(predicted.logits, tags), "tags_aux": tag_loss(predicted.logits_aux, tags)}

@@ -1,41 +1,36 @@
 """DuPL (Wu et al., CVPR 2024): two trunks, kept apart, whose heads learn each other's labels.
 
-Equations are those of the released code, and nothing in them waits for the device. Its strong views are mirrored and
-drawn from RandAugment; here they stay in place and change colours alone.
+Equations are those of the released code. Its strong views are mirrored and drawn from RandAugment; here they stay in
+place and change colours alone.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import cos, pi
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repro.cam import bilinear, widened
-from repro.data.mask_views import MaskViews
-from repro.data.masks import IGNORE
+from repro.arrays import IGNORE, Items, at_least_float32
+from repro.cam import bilinear
 from repro.measure.reliability import wide
 from repro.methods.image_tags.common import TagMethod, Trunk, View, balanced_cross_entropy, patch_contrast, tag_terms
-from repro.recipe import TagRecipe
 from repro.settings import check, hyper
-from repro.train import Items, Losses, Now
-
-# Labels of two students
-
+from repro.train import Losses, Now
 
 # Final thresholds on VOC: aeroplane, bicycle, bird, boat, chair and train keep the first one.
 VOC_TARGETS = tuple(0.7 if index in (0, 1, 2, 3, 8, 18) else 0.55 for index in range(20))
 
 
 def discrepancy(first: Tensor, second: Tensor) -> Tensor:
-    """Sum over both directions of 1 + mean cos(sg(F_1), F_2), in [0, 4]: the networks' features shall differ.
+    """L_dis, the sum over both directions of 1 + mean cos(sg(F_1), F_2), in [0, 4], which keeps the trunks apart.
 
     first, second: (B, N, D) patches. The cosine is taken over the N patches, for each channel of each image.
     """
     with torch.autocast(first.device.type, enabled=False):
-        first, second = widened(first), widened(second)
+        first, second = at_least_float32(first), at_least_float32(second)
         ahead = F.cosine_similarity(first.detach(), second, dim=1, eps=1e-6)
         back = F.cosine_similarity(second.detach(), first, dim=1, eps=1e-6)
         return 2 + ahead.mean() + back.mean()
@@ -44,73 +39,61 @@ def discrepancy(first: Tensor, second: Tensor) -> Tensor:
 def class_thresholds(step: int, steps: int, targets: Tensor, start: float = 0.7) -> Tensor:
     """High threshold (C,) of each class: half a cosine wave from `start` at step 0 to its target at the last step.
 
-    step: since the segmentation loss set in, negative before. steps: until the end of training, so the last is
-        steps - 1. targets: (C,) floating, as `VOC_TARGETS`.
+    step: since the end of the warm-up, negative before. steps: from there to the end of training. targets: (C,).
     """
     done = min(max(step / max(steps - 1, 1), 0.0), 1.0)
     return start + (targets - start) * ((1 - cos(pi * done)) / 2)
 
 
 def image_thresholds(thresholds: Tensor, tags: Tensor) -> Tensor:
-    """Largest threshold (B,) of the classes that an image shows; of all classes where it shows none (ours).
+    """Largest threshold (B,) of the classes that an image shows; of all classes if it shows none (chosen here).
 
-    thresholds: (C,); tags: (B, C).
+    thresholds: (C,). tags: (B, C).
     """
     shown = tags > 0
     return torch.where(shown | ~shown.any(1, keepdim=True), thresholds, -torch.inf).amax(1)
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians on a line in rising order of their means; weights, means, variances: each (B, 2) float64."""
+    """Two Gaussians on a line in rising order of their means; each field is (B, 2) float64."""
 
     weights: Tensor
     means: Tensor
     variances: Tensor
 
 
-class Noise(NamedTuple):
-    """noisy: (B, H, W) bool, pixels whose label is to be ignored. applies: (B,) bool, images where the test holds.
-    mixture: of all images, meaningful where it applies."""
-
-    noisy: Tensor
-    applies: Tensor
-    mixture: Mixture
-
-
 @torch.no_grad()
 def noisy_labels(
     loss: Tensor, labels: Tensor, floor: float = 0.1, least: int = 1000, gap: float = 1.0, certainty: float = 0.95
-) -> Noise:
-    """Pixels whose cross-entropy says that their label is wrong, by a mixture of two Gaussians an image.
+) -> Tensor:
+    """Pixels (B, H, W) bool whose label is judged wrong by their cross-entropy, by a mixture of two Gaussians an image.
 
     The mixture is fitted to the foreground's losses above `floor`. It applies when there are more than `least` of them
-    and the means differ by more than `gap`. Then every pixel that is not background is noisy whose loss, small ones
-    included, belongs to the component of larger mean with a probability above `certainty`.
+    and the means differ by more than `gap`. Then a pixel that is not background is noisy if its loss, however small,
+    belongs to the component of larger mean with a probability above `certainty`.
     loss: (B, H, W), cross-entropy of a network with its own labels, in nats, 0 where ignored.
     labels: (B, H, W), those labels; 255 ignored. least: pixels, of 448 x 448 in the released code.
-    Ours: an image whose losses are all equal has no two components, and the test does not hold.
+    An image whose losses are all equal has no two components, hence no noisy pixel (chosen here).
     """
     values, labels = loss.flatten(1), labels.flatten(1)
     fitted = (labels != 0) & (labels != IGNORE) & (values > floor)
     mixture, split = fit_mixture(values, fitted)
     applies = split & (fitted.sum(1) > least) & (mixture.means[:, 1] - mixture.means[:, 0] > gap)
     upper = component_logs(wide(values), mixture).softmax(1)[:, 1]
-    noisy = (upper > certainty) & (labels != 0) & applies[:, None]
-    return Noise(noisy.view(loss.shape), applies, mixture)
+    return ((upper > certainty) & (labels != 0) & applies[:, None]).view(loss.shape)
 
 
 @torch.no_grad()
 def fit_mixture(
     values: Tensor, used: Tensor, iterations: int = 10, tolerance: float = 1e-2, ridge: float = 5e-4
 ) -> tuple[Mixture, Tensor]:
-    """Mixture of two Gaussians of each row by expectation and maximisation; and whether it has two components, (B,).
+    """Mixture of two Gaussians of each row by expectation and maximisation; and whether two of its values differ, (B,).
 
-    values: (B, P) floating, used: (B, P) bool; the others enter nothing, whatever they hold.
-    iterations: at most. tolerance: a row stops changing after the step in which its mean log-likelihood, taken before
-        that step, differed by less from the previous one. ridge: added to the variances.
-    Starts from the split of the sorted values with the smallest squared error (ours; scikit-learn, which the released
-    code calls, draws a start of k-means, which mostly ends there). Else its algorithm. Two components need two
-    different values.
+    values: (B, P) floating. used: (B, P) bool, the values that are fitted. iterations: at most.
+    tolerance: a row stops changing after the step in which its mean log-likelihood, taken before that step, differed by
+        less from the previous one. ridge: added to the variances.
+    The algorithm is that of scikit-learn, which the released code calls, but for the start: here it is the split of the
+    sorted values with the smallest squared error, where scikit-learn's k-means from a random start mostly ends.
     """
     count = used.sum(1, keepdim=True)
     x = wide(values.masked_fill(~used, 0))
@@ -132,7 +115,7 @@ def fit_mixture(
 
 
 def two_means(x: Tensor, used: Tensor) -> Tensor:
-    """Largest value (B,) of the lower of two clusters of each row of x (B, P) with the smallest squared error."""
+    """Largest value (B,) of the lower one of the two clusters with the smallest squared error, for each row (B, P)."""
     ordered = x.masked_fill(~used, torch.inf).sort(1).values
     number = torch.arange(1, x.shape[1] + 1, device=x.device)
     count = used.sum(1, keepdim=True)
@@ -158,16 +141,14 @@ def component_logs(x: Tensor, mixture: Mixture) -> Tensor:
 
 
 def consistency(strong_logits: Tensor, logits: Tensor, labels: Tensor, threshold: float = 0.9) -> Tensor:
-    """Cross-entropy of the strongly augmented view with the plain view's class, where that is sure and no label is.
+    """L_con, cross-entropy of the strong view with the plain view's class, mean over unlabelled pixels of sure class.
 
-    strong_logits, logits: (B, K, H, W) of one network, the first one moved back to where the plain view is; the second
-        one has no gradient here.
-    labels: (B, H, W), what the network learns from: only its 255 count. threshold: pixels count above it.
-    Mean over the pixels that count, 0 where there are none.
+    strong_logits, logits: (B, K, H, W) of one network; the second one has no gradient here.
+    labels: (B, H, W) that the network learns: only its 255 count, where the plain view is surer than `threshold`.
     """
-    confidence, label = widened(logits).detach().softmax(1).max(1)
+    confidence, label = at_least_float32(logits).detach().softmax(1).max(1)
     counts = (labels == IGNORE) & (confidence > threshold)
-    loss = F.cross_entropy(widened(strong_logits), label, reduction="none")
+    loss = F.cross_entropy(at_least_float32(strong_logits), label, reduction="none")
     return torch.where(counts, loss, 0).sum() / counts.sum().clamp(min=1)
 
 
@@ -192,8 +173,8 @@ class DuPLSettings:
 
 
 class Pair(nn.Module):
-    """Two trunks; the first one is evaluated. The released code reports whichever scores better on the validation set,
-    which is a choice by the score itself."""
+    """Two trunks, of which the first one is evaluated. The released code reports whichever scores better on the
+    validation set, which is a choice by the score itself."""
 
     def __init__(self, first: Trunk, second: Trunk) -> None:
         super().__init__()
@@ -213,10 +194,8 @@ class DuPL(TagMethod):
 
     Settings = DuPLSettings
 
-    def __init__(
-        self, settings: DuPLSettings, network: Pair, views: MaskViews, recipe: TagRecipe, most: int | None = None
-    ) -> None:
-        super().__init__(settings, network, views, recipe, most)
+    def __init__(self, settings: DuPLSettings, network: Pair, *rest: Any) -> None:
+        super().__init__(settings, network, *rest)
         classes, final = network.first.classifier.out_features, VOC_TARGETS
         final = torch.tensor(final if classes == len(final) else [settings.final_high] * classes)
         self.register_buffer("final", final.clamp(min=settings.final_high), persistent=False)
@@ -230,11 +209,8 @@ class DuPL(TagMethod):
         both = [tag_terms(part, view.tags) for part in predicted]
         terms = {name: both[0][name] + both[1][name] for name in both[0]}
         patches, grid = [part.tokens.patches for part in predicted], predicted[0].tokens.grid
-        contrasts = [
-            patch_contrast(part, self.patch_labels(view, aux, grid, high))
-            for part, (_, aux) in zip(patches, cams, strict=True)
-        ]
-        terms["patches"] = settings.ptc_weight * sum(contrasts)
+        labels = [self.patch_labels(view, aux, grid, high) for _, aux in cams]
+        terms["patches"] = settings.ptc_weight * sum(map(patch_contrast, patches, labels))
         terms["apart"] = settings.apart_weight * discrepancy(*patches)
         if self.learning(now):
             size = (view.x.shape[2], view.x.shape[3])
@@ -250,9 +226,9 @@ class DuPL(TagMethod):
         return image_thresholds(high, view.tags)
 
     def cross_terms(self, view: View, logits: list[Tensor], labels: list[Tensor], late: bool) -> dict[str, Tensor]:
-        """L_seg of each head with the other trunk's labels; late, these are cleaned first and L_con is added.
+        """L_seg of each head with the other trunk's labels; if `late`, these are cleaned first and L_con is added.
 
-        logits: (B, K, S, S) of each trunk. labels: (B, S, S) that each trunk's CAM makes.
+        logits: (B, K, S, S) of each trunk. labels: (B, S, S) from each trunk's CAM.
         """
         settings = self.settings
         if late:  # each trunk judges the labels of its own CAM
@@ -269,10 +245,7 @@ class DuPL(TagMethod):
         return terms
 
     def cleaned(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Labels (B, S, S) whose pixels are 255 where the logits (B, K, S, S) say that they are noise."""
-        loss = F.cross_entropy(widened(logits).detach(), labels, ignore_index=IGNORE, reduction="none")
-        settings = self.settings
-        found = noisy_labels(
-            loss, labels, least=settings.least, gap=settings.gap, certainty=settings.certainty
-        )
-        return labels.masked_fill(found.noisy, IGNORE)
+        """Labels (B, S, S), 255 where the logits (B, K, S, S) of the trunk that made them show that they are noise."""
+        loss = F.cross_entropy(at_least_float32(logits).detach(), labels, ignore_index=IGNORE, reduction="none")
+        rules = {name: getattr(self.settings, name) for name in ("least", "gap", "certainty")}
+        return labels.masked_fill(noisy_labels(loss, labels, **rules), IGNORE)

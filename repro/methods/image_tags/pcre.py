@@ -2,12 +2,12 @@
 
     S = joint_confidence(class_logits, patch_logits)
     pairs = shown_classes(tags, most=3)
-    masks = gate(masks, radius(progress), grid=(28, 28))            # in the training loss only
+    masks = gate(masks, radius(progress))                           # in the training loss only
     regions = refined_regions(masks, S, pairs, (448, 448))
     by_class(regions.masks, pairs, classes)                         # (B, C, H, W)
 
-B images, C foreground classes, N = h w patches row by row, and A places for the classes that an image shows, of which
-some stay empty: so no shape depends on values, and no step waits for the device.
+There are B images, C foreground classes, N = h w patches row by row, and A places for the classes that an image shows.
+Some places stay empty, so no shape depends on values, and no step waits for the device.
 
 Equations are those of the released code and the supplementary; the paper's text could not be had. Two faults of the
 released training are not repeated: the radius of the gate follows its schedule, and crops are drawn without masks.
@@ -23,56 +23,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repro.cam import bilinear, multi_scale_cam, widened
-from repro.data.mask_views import MaskViews
-from repro.data.masks import IGNORE
-from repro.methods.image_tags.common import (
-    TagMethod,
-    Trunk,
-    View,
-    balanced_contrast,
-    cosines,
-    patch_contrast,
-    tag_terms,
-)
+from repro.arrays import IGNORE, Items, at_least_float32
+from repro.cam import bilinear, multi_scale_cam
+from repro.methods.image_tags.common import TagMethod, Trunk, balanced_contrast, cosines, patch_contrast, tag_terms
 from repro.models.vit import Layout, PatchEmbed, Tokens, ViT, resized, to_map
-from repro.recipe import TagRecipe, scales_of
+from repro.recipe import scales_of
 from repro.settings import SettingError, check, hyper
-from repro.train import Items, Losses, Now
+from repro.train import Losses, Now
 
 # Settings
 
 
 SCHEDULES = ("cosine", "fixed", "none")
-
-
-POOLS = ("sum", "max")
+SIDE = 28  # patches of a published crop's side, which r_max refers to
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """How regions grow."""
+    """How regions grow. `PCRESettings` has the sources of what can be set; the rest is from the released code.
 
-    threshold: float = hyper(0.7, "tau_bin", "supplementary, Tab. 1a; released code", low=0, high=1)
-    rounds: int = hyper(5, "T", "supplementary, Tab. 1c; released code", low=1)
-    low: float = hyper(0.3, "", "released code: least overlap with the seed of a mask that joins", low=0, high=1)
-    high: float = hyper(0.5, "", "released code: most overlap; a mask above it adds nothing", low=0, high=1)
-    limit: int = hyper(300, "", "released code: candidates of a class in an image", low=1)
-    expand: bool = hyper(True, "", "off: the best mask alone, a switch of the released code")
-    ranking: str = hyper(
-        "confidence", "", "reconstruction; index: above the limit the last patches lead, a fault of the released code",
-        choices=("confidence", "index"),
-    )  # fmt: skip
-    resize: str = hyper(
-        "each", "", "released code: masks are resized before their maximum; group: after it (ours, cheaper)",
-        choices=("each", "group"),
-    )  # fmt: skip
+    threshold: tau_bin. rounds: T. low, high: a mask joins if its overlap with the seed lies between them; one above
+    `high` adds nothing. limit: candidates of a class in an image. expand: False takes the best mask alone.
+    ranking: what a list above the limit keeps, the most confident patches or those of highest index.
+    resize: `each` mask before their maximum, or the `group` after it, which is cheaper.
+    """
 
-    def __post_init__(self):
-        check(self)
-
-
-SIDE = 28  # patches of a published crop's side, which r_max is stated for
+    threshold: float = 0.7
+    rounds: int = 5
+    low: float = 0.3
+    high: float = 0.5
+    limit: int = 300
+    expand: bool = True
+    ranking: str = "confidence"
+    resize: str = "each"
 
 
 @dataclass(frozen=True)
@@ -93,7 +76,7 @@ class PCRESettings:
     gate_to: float = hyper(0.4, source="released code: and when it is full-grown", low=0, high=1)
     fusion: float = hyper(0.3, "alpha", "released code; the overview figure says mean fusion, .5", low=0, high=1)
     fuse_from: float = hyper(0.4, source="released code: share of training when masks join the CAM", low=0, high=1)
-    pool: str = hyper("sum", source="released code, of S over patches; max: an ablation there", choices=POOLS)
+    pool: str = hyper("sum", source="released code, of S over patches; max: an ablation there", choices=("sum", "max"))
     expand: bool = hyper(True, source="off: the best mask alone (ablation)")
     prototypes: bool = hyper(True, source="off: class tokens in their place (ablation)")
     prototype_labels: bool = hyper(True, source="off: the head's labels supervise the masks too (ablation)")
@@ -110,15 +93,14 @@ class PCRESettings:
 
     @property
     def expansion(self) -> Expansion:
-        """How regions grow."""
-        return Expansion(
-            threshold=self.tau, rounds=self.rounds, expand=self.expand, ranking=self.ranking, resize=self.resize
-        )
+        """The rules by which regions grow."""
+        shared = {name: getattr(self, name) for name in ("rounds", "expand", "ranking", "resize")}
+        return Expansion(self.tau, **shared)
 
     def radius(self, progress: float, grid: tuple[int, int]) -> float | None:
-        """Radius of the gate in patches of a grid (h, w), None for no gate.
+        """Radius of the gate in patches of a grid (h, w), None for no gate; progress: share of training done.
 
-        progress: share of training done. r_max is scaled to the grid (ours; 28 x 28 needs none) but stays at least 1.
+        r_max is scaled from 28 patches to the grid but stays at least 1 (chosen here).
         """
         r_max = max(1.0, self.r_max * grid[0] / SIDE) if self.r_max else None
         return radius(progress, self.gating, r_max, self.gate_from, self.gate_to, grid)
@@ -130,27 +112,21 @@ class PCRESettings:
 def joint_confidence(class_logits: Tensor, patch_logits: Tensor) -> Tensor:
     """S (B, N, C) in [0, 1]: the softmax over classes of one branch times the softmax over patches of the other.
 
-    class_logits, patch_logits: (B, N, C). At least float32. Source: released code; two streams as in WSDDN.
+    class_logits, patch_logits: (B, N, C). Source: released code; two streams as in WSDDN.
     """
-    return widened(class_logits).softmax(2) * widened(patch_logits).softmax(1)
+    return at_least_float32(class_logits).softmax(2) * at_least_float32(patch_logits).softmax(1)
 
 
 def image_score(confidence: Tensor, pool: str = "sum") -> Tensor:
-    """Score (B, C) in [0, 1] of an image from S (B, N, C): its sum over patches, or a variant's maximum.
-
-    Rounding above 1 is cut. Raises ValueError for another pool. Source: released code, both.
-    """
-    if pool not in POOLS:
-        raise ValueError(f"pool is {pool!r}; it must be one of {', '.join(map(repr, POOLS))}")
+    """Score (B, C) in [0, 1] of an image from S (B, N, C): its `sum` or `max` over patches. Source: released code."""
     return (confidence.sum(1) if pool == "sum" else confidence.amax(1)).clamp(max=1)
 
 
 class RegionDecoder(nn.Module):
-    """CRME: two decoder layers over the patches, a joint confidence, and one soft mask a patch (spec 3.2).
+    """CRME: two decoder layers over the patches, a joint confidence, and one soft mask a patch.
 
-    encoder: whose patches are read. layout: of that encoder; queries come from a convolution of patch x patch, also
-        where the encoder has a stem. classes: C. heads, hidden: of the decoder. groups: of the mask's group norm.
-    Source: released code.
+    encoder, layout: of the patches that are decoded; queries come from a convolution of patch x patch, also where the
+        encoder has a stem. heads, hidden: of the decoder. groups: of the masks' group norm. Source: released code.
     """
 
     def __init__(
@@ -177,9 +153,9 @@ class RegionDecoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Joint confidence S (B, N, C) and masks M (B, N, h, w) in [0, 1], before any gate; at least float32.
+        """Joint confidence S (B, N, C) and masks M (B, N, h, w) in [0, 1], before any gate.
 
-        x: normalised images (B, 3, H, W). patches: F (B, N, D) of them, without gradient here. grid: (h, w), N = h w.
+        x: normalised images (B, 3, H, W). patches: F (B, N, D) of them, without gradient here. grid: (h, w).
         """
         patches = patches.detach()
         # a stem rounds the grid of odd sizes up, a single convolution down
@@ -187,7 +163,7 @@ class RegionDecoder(nn.Module):
         decoded = self.layers(queries, patches)
         confidence = joint_confidence(self.by_class(decoded), self.by_patch(decoded))
         logits = self.embed(decoded) @ self.pixels(to_map(patches, grid)).flatten(2)
-        return confidence, widened(logits).sigmoid().unflatten(2, grid)
+        return confidence, at_least_float32(logits).sigmoid().unflatten(2, grid)
 
 
 # The gate (Eq. 5)
@@ -201,17 +177,11 @@ def radius(
 
     progress: share of training done, t / t_max. schedule: `cosine`, 1 up to `begin`, then half a cosine wave up to
         r_max at `end`, where it stays; `fixed`, always r_max; `none`.
-    r_max: at least 0; None grows it to the grid's diagonal, and there is no gate from `end` on (supplementary: until
-        the whole target is covered). 5 is the released code's.
-    grid: (h, w), read for r_max None alone.
+    r_max: None grows the radius to the grid's diagonal, and there is no gate from `end` on (supplementary: until the
+        whole target is covered). 5 is the released code's. grid: (h, w), read for r_max None alone.
     The clip at both ends is a reconstruction: the released formula has none and would come down again. In effect the
     released training has `fixed` 5, since its disc is cached before the schedule is first read.
-    Raises ValueError for another schedule, 0 <= begin < end not given, or a negative r_max.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {schedule!r}; it must be one of {', '.join(map(repr, SCHEDULES))}")
-    if not 0 <= begin < end or (r_max is not None and r_max < 0):
-        raise ValueError(f"begin {begin}, end {end} and r_max {r_max} must meet 0 <= begin < end and r_max >= 0")
     if schedule == "none" or (r_max is None and (schedule == "fixed" or progress >= end)):
         return None
     largest = hypot(grid[0] - 1, grid[1] - 1) if r_max is None else r_max
@@ -221,7 +191,7 @@ def radius(
 
 @lru_cache(maxsize=16)
 def squared_distances(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """(N, h, w) int32, in patches, between the patches of a grid; kept, since every step asks for the same."""
+    """Squared distances (N, h, w) int32, in patches, between the patches of a grid."""
     rows, columns = (torch.arange(side, device=device, dtype=torch.int32) for side in grid)
     down = (rows[:, None] - rows).square()
     right = (columns[:, None] - columns).square()
@@ -247,10 +217,10 @@ class Pairs(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """What joined in which round, for the regions and for figures.
+    """What joined in which round.
 
-    seeds: (B, A, T) int64, the patch each round started from, -1 where no candidate was left
-    joins: (B, A, T, N) bool, the masks of each round's group, its seed included; a mask can be in several groups
+    seeds: (B, A, T) int64, the patch that each round started from, -1 where no candidate was left.
+    joins: (B, A, T, N) bool, the masks of each round's group, its seed included; a mask can be in several groups.
     """
 
     seeds: Tensor
@@ -258,8 +228,8 @@ class Growth(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """masks: (B, A, H, W) in [0, 1], m_r, zeros where nothing was found. found: (B, A) bool: there was a candidate.
-    rank: (B, A, N) of `candidates`. growth: of `grow`."""
+    """Masks m_r (B, A, H, W) in [0, 1], zeros where nothing was found; whether there was a candidate (B, A) bool; the
+    rank (B, A, N) of `candidates`; and the growth of `grow`."""
 
     masks: Tensor
     found: Tensor
@@ -268,10 +238,7 @@ class Regions(NamedTuple):
 
 
 def shown_classes(tags: Tensor, most: int | None = None) -> Pairs:
-    """The classes of tags (B, C) that are above 0, in A = `most` places an image, C for None.
-
-    most: classes an image shows at most, when known; of more the first are kept.
-    """
+    """The classes of tags (B, C) above 0, in A = `most` places an image, which keep the first ones; None for C."""
     order = (tags > 0).long().argsort(dim=1, descending=True, stable=True)[:, :most]
     return Pairs(order, tags.gather(1, order) > 0)
 
@@ -285,17 +252,15 @@ def by_class(maps: Tensor, pairs: Pairs, classes: int) -> Tensor:
 
 @torch.no_grad()
 def candidates(confidence: Tensor, pairs: Pairs, limit: int = 300, ranking: str = "confidence") -> Tensor:
-    """Place (B, A, N) int64 of each patch in its class's list, 0 for the best; N where it is not in the list.
+    """Rank (B, A, N) int64 of each patch in its class's list, 0 for the best; N where it is not in the list.
 
     Sr[n, c] = S[n, c] / max_n' S[n', c]. A patch belongs to argmax_c Sr[n, c] (ties: the first class), over all
-    classes, shown or not, and enters that class's list when max_c S[n, c] > 0, in falling order of Sr (ties: the first
-    patch).
-    confidence: S (B, N, C). limit: length of a list. ranking: what a longer list keeps: `confidence`, its first ones;
-        `index`, the patches with the highest numbers, the highest first (the released code takes the top of the list
-        of numbers, so that the bottom rows of an image lead).
-    Source: released code.
+    classes, shown or not. It enters that class's list when max_c S[n, c] > 0, in falling order of Sr (ties: the first
+    patch). confidence: S (B, N, C). limit: length of a list. ranking: a longer list keeps its first patches by
+    `confidence`; by `index` those with the highest numbers, the highest first, so that the bottom rows of an image
+    lead, a fault of the released code. Source: released code.
     """
-    confidence = widened(confidence)
+    confidence = at_least_float32(confidence)
     patches = torch.arange(confidence.shape[1], device=confidence.device)
     relative = confidence / confidence.amax(1, keepdim=True).clamp(min=torch.finfo(confidence.dtype).tiny)
     owner = relative.argmax(2)[:, None]
@@ -323,19 +288,19 @@ def grow(masks: Tensor, rank: Tensor, rules: Expansion = Expansion()) -> Growth:
     unused = listed
     seeds, joins = [], []
     with torch.autocast(masks.device.type, enabled=False):  # counts above 256 are not exact in bfloat16
-        inside = (widened(masks) > rules.threshold).flatten(2).float()
+        inside = (at_least_float32(masks) > rules.threshold).flatten(2).float()
         area = inside.sum(2)
         for _ in range(rules.rounds if rules.expand else 1):
-            left = unused.any(2)
+            some = unused.any(2)
             seed = rank.masked_fill(~unused, len(patches)).argmin(2)
             common = inside.gather(1, seed[:, :, None].expand(-1, -1, inside.shape[2])) @ inside.mT
             overlap = common / area.gather(1, seed)[:, :, None].clamp(min=1e-6)
             group = patches == seed[:, :, None]
             if rules.expand:
                 group = group | (listed & (overlap >= rules.low) & (overlap <= rules.high))
-            group = group & left[:, :, None]
+            group = group & some[:, :, None]
             unused = unused & ~group & (overlap <= rules.high)
-            seeds.append(seed.masked_fill(~left, -1))
+            seeds.append(seed.masked_fill(~some, -1))
             joins.append(group)
     return Growth(torch.stack(seeds, 2), torch.stack(joins, 2))
 
@@ -354,9 +319,6 @@ def refined_regions(
     return Regions(region_masks(masks, growth.joins.any(2), size, rules.resize), found, rank, growth)
 
 
-# The largest mask over members
-
-
 CHUNK = 2**23  # resized mask values at a time
 MAX = 2  # of embedding bags
 
@@ -365,11 +327,10 @@ def region_masks(masks: Tensor, joined: Tensor, size: tuple[int, int], resize: s
     """Largest of the joined masks at each pixel, (B, A, H, W); zeros where none joined.
 
     masks: (B, N, h, w) in [0, 1]. joined: (B, A, N) bool; a mask joins one region of its image at most.
-    size: (H, W). resize: `each`, of the masks resized (bilinear, free corners); `group`, resized afterwards, which is
-        at least as large.
-    A pixel's gradient goes to the mask that is largest there (ties: the first). At least float32.
+    resize: `each` resizes the masks to `size` (H, W) before their maximum, `group` the maximum, which is at least as
+        large; bilinear, free corners. A pixel's gradient goes to the mask that is largest there (ties: the first).
     """
-    masks = widened(masks)
+    masks = at_least_float32(masks)
     grid = (masks.shape[2], masks.shape[3])
     some = joined.any(2)[:, :, None, None]
     if resize == "group" or grid == size:
@@ -395,10 +356,10 @@ def region_masks(masks: Tensor, joined: Tensor, size: tuple[int, int], resize: s
 
 @torch.no_grad()
 def largest(values: Tensor, joined: Tensor) -> Tensor:
-    """Index (B, A, P) int64 of the joined row of values (B, N, P) that is largest at each place; any if none joined.
+    """Index (B, A, P) int64 of the joined row of values (B, N, P) that is largest in each column; any if none joined.
 
-    The maximum over a list of rows of a table is what an embedding bag takes: each row is read once, and rows that
-    joined nothing make up a last bag.
+    An embedding bag takes the maximum over a list of rows and reads each row once. Rows that joined nothing make up a
+    last bag.
     """
     batch, patches = values.shape[:2]
     owner = joined.long().argmax(1).masked_fill(~joined.any(1), joined.shape[1])
@@ -411,7 +372,7 @@ def largest(values: Tensor, joined: Tensor) -> Tensor:
 
 
 def taps(old: int, new: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The two neighbours (2, new) int64 of each new place among the old ones, and their weights (2, new)."""
+    """The two old neighbours (2, new) int64 of each new position in bilinear resizing, and their weights (2, new)."""
     place = ((torch.arange(new, device=like.device, dtype=like.dtype) + 0.5) * (old / new) - 0.5).clamp(min=0)
     lower = place.long()
     share = place - lower
@@ -427,20 +388,16 @@ def matrix(index: Tensor, weight: Tensor, old: int) -> Tensor:
 
 
 def confidence_loss(score: Tensor, tags: Tensor) -> Tensor:
-    """L_conf, binary cross-entropy of scores in [0, 1], mean over images and classes.
-
-    score: (B, C) of `image_score`; tags: (B, C). Logarithms end at -100. Source: PCRE (released code).
-    """
+    """L_conf, binary cross-entropy of scores (B, C) of `image_score` with tags (B, C). Source: released code."""
     return bounded_cross_entropy(score, tags).mean()
 
 
 def refine_loss(masks: Tensor, found: Tensor, pairs: Pairs, labels: Tensor) -> Tensor:
     """L_refine: binary cross-entropy of m_r with 1[Y_p = c], mean over pixels, summed over pairs, over their number.
 
-    masks: m_r (B, A, H, W) in [0, 1], behind the radius gate. found: (B, A) bool, pairs that had a candidate: the
-        others add nothing to the sum, but count among the pairs. pairs: of `shown_classes`.
-    labels: Y_p (B, H, W), the refined label map of the prototypes' CAM; 255 counts as another class.
-    Source: PCRE (released code).
+    masks: m_r (B, A, H, W) in [0, 1], behind the gate. found: (B, A) bool, pairs that had a candidate; the others add 0
+        to the sum but count among the pairs. labels: Y_p (B, H, W), the refined label map of the prototypes' CAM; 255
+        counts as another class. Source: released code.
     """
     target = labels.long()[:, None] == (pairs.classes + 1)[:, :, None, None]
     loss = bounded_cross_entropy(masks, target).mean((2, 3))
@@ -448,18 +405,17 @@ def refine_loss(masks: Tensor, found: Tensor, pairs: Pairs, labels: Tensor) -> T
 
 
 def bounded_cross_entropy(probs: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of each probability, at most 100; target is 0 or 1, of any type."""
+    """Binary cross-entropy of each probability, at most 100; target: 0 or 1, of any type."""
     with torch.autocast(probs.device.type, enabled=False):  # under autocast this loss is refused
-        probs = widened(probs)
+        probs = at_least_float32(probs)
         return F.binary_cross_entropy(probs, target.to(probs.dtype), reduction="none")
 
 
 def fused(cam: Tensor, regions: Tensor, share: float = 0.3) -> Tensor:
     """(1 - alpha) CAM_c + alpha Mbar_c; the CAM itself where the region is empty (its sum at most 1e-5).
 
-    cam: (B, C, H, W) in [0, 1]. regions: Mbar (B, C, H, W) in [0, 1], not gated, through `repro.cam.multi_scale_cam`.
-    share: alpha, .3 in the released code; the overview figure says mean fusion, .5.
-    Source: PCRE (released code), also of the exception.
+    cam: (B, C, H, W) in [0, 1]. regions: Mbar (B, C, H, W) in [0, 1], not gated, over scales as the CAM.
+    share: alpha, .3 in the released code, which has the exception too; the overview figure says mean fusion, .5.
     """
     some = regions.sum((2, 3), keepdim=True) > 1e-5
     return torch.where(some, (1 - share) * cam + share * regions, cam)
@@ -468,10 +424,8 @@ def fused(cam: Tensor, regions: Tensor, share: float = 0.3) -> Tensor:
 def class_contrast(class_tokens: Tensor, patches: Tensor, labels: Tensor, tags: Tensor) -> Tensor:
     """L_CPE on A = |cos(Z_c, sg(F_n))|: a class that is shown is like its own patches, and unlike all others.
 
-    class_tokens: Z (B, C, D). patches: F (B, N, D), without gradient here. labels: (B, h, w) or (B, N), of the
-        auxiliary CAM in the released code (of the main CAM in the overview figure); 255 makes no pair.
-    tags: (B, C); classes that are not shown make no pair.
-    Source: PCRE (released code).
+    class_tokens: Z (B, C, D). patches: F (B, N, D), without gradient here. labels: (B, h, w) of the auxiliary CAM (of
+        the main CAM in the overview figure); 255 makes no pair. tags: (B, C). Source: released code.
     """
     labels = labels.flatten(1).long()[:, None]
     own = labels == torch.arange(1, tags.shape[1] + 1, device=labels.device)[:, None]
@@ -489,10 +443,9 @@ def updated_prototypes(prototypes: Tensor, class_tokens: Tensor, tags: Tensor, m
     For one image after another, P_c <- lambda_p P_c + (1 - lambda_p) Z_c if it shows c; then all rows are divided by
     their lengths. Unrolled: the token of an image that a further m images with c follow weighs
     (1 - lambda_p) lambda_p^m, the old prototype lambda_p to the number of images with c.
-    class_tokens: Z (B, C, D), in the order of the batch. tags: (B, C). momentum: lambda_p in [0, 1].
-    Source: released code, from 10 % of the training on; .99 in the supplementary, .9 for COCO in the code.
+    class_tokens: Z (B, C, D), in the order of the batch. tags: (B, C). Source: released code.
     """
-    shown = (tags > 0).to(widened(prototypes).dtype)
+    shown = (tags > 0).to(at_least_float32(prototypes).dtype)
     after = shown.flip(0).cumsum(0).flip(0) - shown
     weight = (1 - momentum) * momentum**after * shown
     kept = momentum ** shown.sum(0)
@@ -500,15 +453,12 @@ def updated_prototypes(prototypes: Tensor, class_tokens: Tensor, tags: Tensor, m
     return F.normalize(mixed, dim=1).to(prototypes.dtype)
 
 
-def prototype_cam(patches: Tensor, prototypes: Tensor, grid: tuple[int, int], absolute: bool = True) -> Tensor:
-    """|cos(F_n, P_c)| (B, C, h, w), for `repro.cam.multi_scale_cam`.
+def prototype_cam(patches: Tensor, prototypes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """|cos(F_n, P_c)| (B, C, h, w): a patch that points away from its prototype counts as active, as released.
 
-    patches: F (B, N, D). prototypes: P (C, D), or class tokens (B, C, D) in their place (an ablation). grid: (h, w).
-    absolute: as released, where a patch that points away from its prototype counts as active; without it (ours) the
-        cosine itself, in [-1, 1], which `multi_scale_cam` cuts at 0.
+    patches: F (B, N, D). prototypes: P (C, D), or class tokens (B, C, D) in their place (an ablation).
     """
-    found = cosines(prototypes, patches).unflatten(2, grid)
-    return found.abs() if absolute else found
+    return cosines(prototypes, patches).unflatten(2, grid).abs()
 
 
 CAM, AUX, PROTOTYPES, REGIONS = "cam", "aux", "prototypes", "regions"
@@ -517,11 +467,13 @@ CAM, AUX, PROTOTYPES, REGIONS = "cam", "aux", "prototypes", "regions"
 class PCRENetwork(Trunk):
     """The trunk, the decoder, and as buffers the prototypes (C, D) and whether masks are mixed into the CAM yet.
 
-    settings: `pcre.PCRESettings`. Prototypes start as Gaussian noise (released code). progress: share of training done
-    at the last step, for the gate of `gated_regions`; not saved.
+    Prototypes start as Gaussian noise (released code). progress: share of training done at the last step, for the gate
+    of `gated_regions`; not saved.
     """
 
-    def __init__(self, encoder: ViT, classes: int, head: nn.Module, decoder: RegionDecoder, settings: Any) -> None:
+    def __init__(
+        self, encoder: ViT, classes: int, head: nn.Module, decoder: RegionDecoder, settings: PCRESettings
+    ) -> None:
         super().__init__(encoder, classes, head)
         self.decoder, self.settings, self.progress = decoder, settings, 0.0
         self.register_buffer("prototypes", torch.randn(classes, encoder.width))
@@ -529,20 +481,18 @@ class PCRENetwork(Trunk):
 
     @torch.no_grad()
     def follow(self, class_tokens: Tensor, tags: Tensor) -> None:
-        """Move the prototypes towards class tokens (B, C, D) of shown classes, image by image (Eq. 12), in place, so
-        that a teacher which copies buffers has them too. tags: (B, C)."""
+        """Move the prototypes towards class tokens (B, C, D) of the classes in tags (B, C), in place (Eq. 12)."""
         momentum = self.settings.prototype_momentum
-        self.prototypes.copy_(updated_prototypes(self.prototypes, widened(class_tokens), tags, momentum))
+        self.prototypes.copy_(updated_prototypes(self.prototypes, at_least_float32(class_tokens), tags, momentum))
 
     def maps(
         self, x: Tensor, scales: Sequence[float], tags: Tensor, wanted: Sequence[str], most: int | None = None
     ) -> dict[str, Tensor]:
         """Maps (B, C, H, W) in [0, 1] over scales and flips by name, from one pass a scale and without gradient.
 
-        x: normalised images (B, 3, H, W). tags: (B, C). most: classes that an image shows at most, None for C.
+        x: normalised images (B, 3, H, W). tags: (B, C). most: the largest number of classes in an image, None for C.
         wanted: of CAM, AUX (the auxiliary CAM), PROTOTYPES (cosines with them), REGIONS (m_r without a gate, of shown
             classes, at the settings' mask scales).
-        Maps and masks are resized to (H, W) straight from the patch grid.
         """
         size = (x.shape[2], x.shape[3])
         mirrored = torch.cat([tags, tags])
@@ -550,24 +500,22 @@ class PCRENetwork(Trunk):
         seen_with_masks = {(int(scale * size[0]), int(scale * size[1])) for scale in with_masks}
 
         def one(name: str, seen: Tensor, tokens: Tokens) -> Tensor:
-            if name != REGIONS:
-                return bilinear(widened(self.raw_map(name, tokens)), size)
-            if (seen.shape[2], seen.shape[3]) in seen_with_masks:
+            if name == REGIONS and (seen.shape[2], seen.shape[3]) in seen_with_masks:
                 return self.grown(seen, tokens, mirrored, size, most)
-            return x.new_zeros(len(seen), tags.shape[1], *size)
+            if name == REGIONS:
+                return x.new_zeros(len(seen), tags.shape[1], *size)
+            if name == PROTOTYPES:
+                points = self.prototypes if self.settings.prototypes else tokens.class_tokens
+                cam = prototype_cam(tokens.patches, points, tokens.grid)
+            else:
+                cam = self.raw(tokens) if name == CAM else self.raw_aux(tokens)
+            return bilinear(at_least_float32(cam), size)
 
         def raw(seen: Tensor) -> Tensor:
             tokens = self.encoder(seen)
             return torch.cat([one(name, seen, tokens) for name in wanted], 1)
 
         return dict(zip(wanted, multi_scale_cam(raw, x, scales).chunk(len(wanted), 1), strict=True))
-
-    def raw_map(self, name: str, tokens: Tokens) -> Tensor:
-        """Map (B, C, h, w) of that name, not rectified."""
-        if name == PROTOTYPES:
-            points = self.prototypes if self.settings.prototypes else tokens.class_tokens
-            return prototype_cam(tokens.patches, points, tokens.grid)
-        return {CAM: self.raw, AUX: self.raw_aux}[name](tokens)
 
     def grown(
         self, x: Tensor, tokens: Tokens, tags: Tensor, size: tuple[int, int], most: int | None, r: float | None = None
@@ -581,11 +529,8 @@ class PCRENetwork(Trunk):
 
     @torch.no_grad()
     def gated_regions(self, x: Tensor, tags: Tensor) -> tuple[Tensor, float]:
-        """Regions (B, C, h, w) at scale 1 behind the gate of the last step, and its radius in patches; where there is
-        none, the side of the grid.
-
-        x: normalised images (B, 3, H, W). tags: (B, C). Zeros for classes that are not shown. For figures.
-        """
+        """Regions (B, C, h, w) at scale 1 behind the gate of the last step, for figures, and its radius in patches: the
+        side of the grid if there is no gate. Zeros for classes that are not in the tags (B, C)."""
         tokens = self.encoder(x)
         r = self.settings.radius(self.progress, tokens.grid)
         found = self.grown(x, tokens, tags, tokens.grid, None, r)
@@ -594,7 +539,7 @@ class PCRENetwork(Trunk):
     def activation(self, x: Tensor, scales: Sequence[float], tags: Tensor) -> Tensor:
         """CAM (B, C, H, W) in [0, 1], with the regions of the classes in tags (B, C) once training mixes them in.
 
-        Waits for the device; for evaluation.
+        Synchronises with the device, so use it in evaluation only.
         """
         if not self.fusing:
             return super().activation(x, scales, tags)
@@ -611,12 +556,11 @@ class PCRE(TagMethod):
 
     Settings = PCRESettings
 
-    def __init__(
-        self, settings: PCRESettings, network: PCRENetwork, views: MaskViews, recipe: TagRecipe, most: int | None = None
-    ) -> None:
-        super().__init__(settings, network, views, recipe, most)
-        if settings.mask_scales and not set(scales_of(settings.mask_scales)) <= set(recipe.scales):
-            raise SettingError(f"mask_scales is {settings.mask_scales!r}; they must be among {recipe.cam_scales!r}")
+    def __init__(self, settings: PCRESettings, network: PCRENetwork, *rest: Any) -> None:
+        super().__init__(settings, network, *rest)
+        scales, allowed = settings.mask_scales, self.recipe
+        if scales and not set(scales_of(scales)) <= set(allowed.scales):
+            raise SettingError(f"mask_scales is {scales!r}; they must be among {allowed.cam_scales!r}")
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         view, settings, network = self.view(batch["tagged"]), self.settings, self.network
@@ -624,15 +568,18 @@ class PCRE(TagMethod):
         predicted = network.predict(view.x)
         tokens = predicted.tokens
         confidence, masks = network.decoder(view.x, tokens.patches, tokens.grid)
-        maps = network.maps(view.x, self.recipe.scales, view.tags, self.wanted(now), self.most)
+        wanted = [CAM, AUX]
+        if self.learning(now):
+            wanted += [PROTOTYPES] * settings.prototype_labels + [REGIONS] * (now.progress >= settings.fuse_from)
+        maps = network.maps(view.x, self.recipe.scales, view.tags, wanted, self.most)
         patches = self.patch_labels(view, maps[AUX], tokens.grid)
         score = image_score(confidence, settings.pool)
-        cpe = class_contrast(tokens.class_tokens, tokens.patches, patches, view.tags)
-        terms = tag_terms(predicted, view.tags) | {
-            "patches": settings.ptc_weight * patch_contrast(tokens.patches, patches),
-            "confidence": settings.conf_weight * confidence_loss(score, view.tags),
-            "prototypes": settings.cpe_weight * cpe,
-        }
+        terms = tag_terms(predicted, view.tags)
+        terms["patches"] = settings.ptc_weight * patch_contrast(tokens.patches, patches)
+        terms["confidence"] = settings.conf_weight * confidence_loss(score, view.tags)
+        terms["prototypes"] = settings.cpe_weight * class_contrast(
+            tokens.class_tokens, tokens.patches, patches, view.tags
+        )
         if self.learning(now):
             if REGIONS in maps:
                 network.fusing.fill_(True)
@@ -640,22 +587,10 @@ class PCRE(TagMethod):
             labels = mask_labels = self.labels(view, cam)
             if settings.prototype_labels:
                 mask_labels = self.labels(view, maps[PROTOTYPES], settings.prototype_high)
-            refined = self.refined(view, now, masks, confidence, mask_labels)
-            terms["refine"] = settings.refine_weight * refined
+            pairs, size = shown_classes(view.tags, self.most), (view.x.shape[2], view.x.shape[3])
+            gated = gate(masks, settings.radius(now.progress, tokens.grid))
+            grown = refined_regions(gated, confidence.detach(), pairs, size, settings.expansion)
+            terms["refine"] = settings.refine_weight * refine_loss(grown.masks, grown.found, pairs, mask_labels)
             terms |= self.head_terms(predicted.segmentation, labels, view)
             network.follow(tokens.class_tokens, view.tags)
         return Losses(terms)
-
-    def wanted(self, now: Now) -> tuple[str, ...]:
-        """Names of the maps that labels are made of at this step."""
-        wanted = (CAM, AUX)
-        if self.learning(now) and self.settings.prototype_labels:
-            wanted += (PROTOTYPES,)
-        return wanted + (REGIONS,) if self.learning(now) and now.progress >= self.settings.fuse_from else wanted
-
-    def refined(self, view: View, now: Now, masks: Tensor, confidence: Tensor, labels: Tensor) -> Tensor:
-        """L_refine of masks M (B, N, h, w) behind the gate, with labels (B, S, S); S (B, N, C) only chooses."""
-        gated = gate(masks, self.settings.radius(now.progress, (masks.shape[2], masks.shape[3])))
-        pairs, size = shown_classes(view.tags, self.most), (view.x.shape[2], view.x.shape[3])
-        found = refined_regions(gated, confidence.detach(), pairs, size, self.settings.expansion)
-        return refine_loss(found.masks, found.found, pairs, labels)

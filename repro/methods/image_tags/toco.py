@@ -1,30 +1,30 @@
 """ToCo (Ru et al., CVPR 2023): patch tokens of one label are pulled together, class tokens of empty crops pushed away.
 
-Equations are those of the released code. One fault of it is not repeated: there the copy that local crops are cut from
-is mirrored at random, but not the map that says where to cut.
+Equations are those of the released code. One fault of it is not repeated: it mirrors the copy that local crops are cut
+from at random, but not the map that decides where to cut. `Plain`, training without both contrasts, is at the end.
 """
 
 from dataclasses import dataclass
 from math import log
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repro.cam import best_class, widened
-from repro.data.mask_views import MaskViews
+from repro.arrays import Items, at_least_float32
+from repro.cam import best_class
 from repro.methods.image_tags.common import TagMethod, Trunk, View, patch_contrast, tag_terms
-from repro.recipe import TagRecipe
 from repro.settings import SettingError, check, hyper
-from repro.train import Items, Losses, Now
+from repro.train import Losses, Now
 
 # Crops
 
 
-def confidence_levels(cam: Tensor, tags: Tensor, low: float = 0.25, high: float = 0.7) -> Tensor:
-    """Map (B, H, W) int64 of an (auxiliary) CAM: 0 where its best class is at most `low`, 2 from `high` on, else 1.
+def confidence_levels(cam: Tensor, tags: Tensor, low: float, high: float) -> Tensor:
+    """Map (B, H, W) int64 of a CAM: 0 where its best class is at most `low`, 2 from `high` on, else 1.
 
-    cam: (B, C, H, W), not negative; tags: (B, C).
+    cam: (B, C, H, W), not negative. tags: (B, C).
     """
     value, _ = best_class(cam, tags)
     return torch.where(value <= low, 0, torch.where(value >= high, 2, 1))
@@ -32,15 +32,15 @@ def confidence_levels(cam: Tensor, tags: Tensor, low: float = 0.25, high: float 
 
 @torch.no_grad()
 def choose_crops(
-    levels: Tensor, count: int = 8, side: int = 96, least: float = 0.2, generator: torch.Generator | None = None
+    levels: Tensor, count: int, side: int, least: float = 0.2, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Corners (B, n, 2) int64, top and left, of crops around random pixels that are not confident; which are negative.
 
     levels: (B, H, W) of `confidence_levels`. A crop's centre has level 0 or 1, unless an image has fewer than `count`
-        such pixels: then any. No two crops of an image have the same corner. All crops lie inside (the released code
-        leaves out the last row and column).
-    count: n. side: of a crop, pixels. least: a crop is negative, (B, n) bool, when its mean level is at most this.
-    generator: on the device of the levels. Raises ValueError when an image has no room for `count` crops.
+        such pixels: then any. The n = `count` corners of an image differ, and all crops of `side` pixels lie inside
+        (the released code leaves out the last row and column).
+    least: a crop is negative, (B, n) bool, when its mean level is at most this. generator: on the levels' device.
+    Raises ValueError when an image has no room for `count` crops.
     """
     height, width = levels.shape[1] - side + 1, levels.shape[2] - side + 1
     if side < 1 or height < 1 or width < 1 or height * width < count:
@@ -65,7 +65,7 @@ def cut(images: Tensor, corners: Tensor, side: int) -> Tensor:
 # Contrast of crops
 
 
-EPS = 1e-4  # beside the negatives of `crop_contrast`
+EPS = 1e-4  # added to the negatives of `crop_contrast`
 
 
 def crop_contrast(student: Tensor, teacher: Tensor, positive: Tensor, temperature: float = 0.5) -> Tensor:
@@ -73,13 +73,13 @@ def crop_contrast(student: Tensor, teacher: Tensor, positive: Tensor, temperatur
 
     With e_gv = exp(<t_g, s_v> / T) and n_g = sum of e_gv over the negative crops v + 1e-4, the loss of an image is
     sum_g [ sum_positive -log(e_gv / (e_gv + n_g)) + log(1 + n_g) ] / (2 (#positive + 1e-4)).
-    student: s (B, V, E), projected class tokens of the views, the two global ones first, and of the crops.
-    teacher: t (B, G, E), G = 2, of the global views by the teacher's head; without gradient here.
-    positive: (B, V) bool, True for the global views and for crops that are not negative. temperature: T, above 0.
+    student: s (B, V, E), projected class tokens of the two global views and of the crops.
+    teacher: t (B, 2, E), of the global views by the teacher's head; without gradient here.
+    positive: (B, V) bool, True for the global views and for crops that are not negative. temperature: T.
     Source: ToCo (released code), here in logarithms, so that no exponential overflows.
     """
     with torch.autocast(student.device.type, enabled=False):
-        logits = widened(teacher).detach() @ widened(student).mT / temperature
+        logits = at_least_float32(teacher).detach() @ at_least_float32(student).mT / temperature
         rest = logits.masked_fill(positive[:, None], -torch.inf)
         negatives = torch.cat([rest, torch.full_like(rest[:, :, :1], log(EPS))], 2).logsumexp(2, keepdim=True)
         pulled = F.softplus(negatives - logits).masked_fill(~positive[:, None], 0).sum((1, 2))
@@ -134,16 +134,12 @@ class ToCo(TagMethod):
 
     Settings = ToCoSettings
 
-    def __init__(
-        self, settings: ToCoSettings, network: Trunk, views: MaskViews, recipe: TagRecipe, most: int | None = None
-    ) -> None:
-        super().__init__(settings, network, views, recipe, most)
-        patch = network.encoder.patch
-        if not patch <= settings.side <= recipe.crop:
-            raise SettingError(
-                f"side is {settings.side}; it must lie between a patch, {patch}, and crop, {recipe.crop}"
-            )
-        # beside the network, which is what is evaluated and saved
+    def __init__(self, settings: ToCoSettings, network: Trunk, *rest: Any) -> None:
+        super().__init__(settings, network, *rest)
+        patch, crop = network.encoder.patch, self.recipe.crop
+        if not patch <= settings.side <= crop:
+            raise SettingError(f"side is {settings.side}; it must lie between a patch, {patch}, and crop, {crop}")
+        # outside the network, since only that is evaluated and saved
         self.projection = Projection(network.encoder.width, settings.hidden)
         self.teacher = Projection(network.encoder.width, settings.hidden).requires_grad_(False)
         self.teacher.load_state_dict(self.projection.state_dict())
@@ -154,8 +150,8 @@ class ToCo(TagMethod):
         tokens = predicted.tokens
         cam, aux = self.network.both_cams(view.x, self.recipe.scales)
         terms = tag_terms(predicted, view.tags)
-        contrast = patch_contrast(tokens.patches, self.patch_labels(view, aux, tokens.grid))
-        terms["patches"] = settings.ptc_weight * contrast
+        labels = self.patch_labels(view, aux, tokens.grid)
+        terms["patches"] = settings.ptc_weight * patch_contrast(tokens.patches, labels)
         other = self.views.strong(self.crop(batch["tagged"].images))
         terms["crops"] = settings.ctc_weight * self.crop_loss(view, tokens.class_tokens[:, 0], other, aux)
         if self.learning(now):
@@ -163,7 +159,7 @@ class ToCo(TagMethod):
         return Losses(terms)
 
     def crop_loss(self, view: View, token: Tensor, other: Tensor, aux: Tensor) -> Tensor:
-        """L_ctc: two views of the whole image, and crops of the first one where it is not confident.
+        """L_ctc of two views of the whole image, and of crops of the first one where it is not confident.
 
         token: (B, D), class token of the first view. other: second view (B, 3, S, S), another coloured crop of the
             image. aux: (B, C, S, S), auxiliary CAM of the first view. Crops come from a newly coloured copy of it.

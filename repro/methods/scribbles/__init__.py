@@ -8,14 +8,9 @@ from repro.methods.scribbles.common import PUBLISHED_CLASSES, tuned_for
 from repro.methods.scribbles.trust_region import ADM, RobustTrustRegion, TrustRegion
 
 METHODS = {
-    "partial_ce": PartialCE,
-    "dense_gd": DenseGD,
-    "grid_gd": GridGD,
-    "adm": ADM,
-    "trust_region": TrustRegion,
-    "robust_trust_region": RobustTrustRegion,
-    "full": Full,
-}
+    "partial_ce": PartialCE, "dense_gd": DenseGD, "grid_gd": GridGD, "adm": ADM,
+    "trust_region": TrustRegion, "robust_trust_region": RobustTrustRegion, "full": Full,
+}  # fmt: skip
 
 
 def settings_for(method: str, length: float, classes: int = PUBLISHED_CLASSES) -> Any:

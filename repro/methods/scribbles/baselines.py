@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from repro.arrays import at_least_float32
 from repro.methods.scribbles.common import ScribbleMethod, View, partial_cross_entropy
 from repro.settings import check, hyper
-from repro.solvers.crf import FORMS, dense_crf_loss
-from repro.solvers.potts import RELAXATIONS, contrast_grid, potts_loss, wide
+from repro.solvers.crf import dense_crf_loss
+from repro.solvers.potts import RELAXATIONS, contrast_grid, relaxed_potts
 from repro.train import Items, Losses, Now
 
 # Partial cross-entropy
@@ -34,18 +35,10 @@ class PartialCE(ScribbleMethod):
 # Full supervision
 
 
-@dataclass(frozen=True)
-class FullSettings:
-    rate: float = hyper(0.1, source="ours, as the trust region's: second stage over the recipe's lr", low=0)
-
-    def __post_init__(self):
-        check(self)
-
-
 class Full(ScribbleMethod):
-    """Cross-entropy over all pixels of the masks that are not void, in both stages, over B as the others have it."""
+    """Cross-entropy over all pixels of the masks that are not void, in both stages, divided by B as in the others."""
 
-    Settings = FullSettings
+    Settings = PartialCESettings
     supervision: ClassVar[str] = "masks"
 
     def streams(self, pool: Any, recipe: Any) -> dict[str, tuple[Tensor, int]]:
@@ -68,9 +61,9 @@ class DenseGDSettings:
     sigma_rgb: float = hyper(15.0, "sigma_rgb", "rloss; of channels in 0..255", low=1e-3)
     sigma_xy: float = hyper(100.0, "sigma_xy", "rloss; pixels of the crop", low=1e-3)
     downscale: float = hyper(0.5, source="rloss", low=0.05, high=1)
-    form: str = hyper("exact", source="rloss filters by a permutohedral lattice; others: ours, cheaper", choices=FORMS)
-    radius: int = hyper(10, source="ours: of form = windowed, pixels after downscaling", low=0)
-    samples: int = hyper(1024, source="ours: of form = sampled, pixels", low=1)
+    form: str = hyper("exact", source="all pairs; rloss filters by a permutohedral lattice", choices=("exact",))
+    radius: int = hyper(10, source="without effect: part of the run ids, of an approximation that is gone", low=0)
+    samples: int = hyper(1024, source="without effect: part of the run ids, of an approximation that is gone", low=1)
     rate: float = hyper(1.0, source="rloss: lr 7e-3; second stage over the recipe's lr", low=0)
 
     def __post_init__(self):
@@ -78,10 +71,10 @@ class DenseGDSettings:
 
 
 def for_crop(settings: DenseGDSettings, crop: int, published: int = PUBLISHED_CROP) -> DenseGDSettings:
-    """The settings of crops of `published` pixels for crops of `crop` (ours).
+    """Settings for crops of `crop` pixels, from those for crops of `published` pixels (chosen here).
 
-    sigma_xy stays the same share of the crop, and the weight grows by the fourth power of the ratio, as the number of
-    pairs falls: an image and its smaller copy then have about the same loss.
+    sigma_xy stays the same share of the crop, and the weight grows by the fourth power of the ratio as the number of
+    pairs falls, so an image and its smaller copy have about the same loss.
     """
     ratio = published / crop
     return replace(settings, weight=settings.weight * ratio**4, sigma_xy=settings.sigma_xy / ratio)
@@ -99,8 +92,8 @@ class DenseGD(ScribbleMethod):
         settings, views = self.settings, self.views
         colours = 255 * (view.x * views.std[:, None, None] + views.mean[:, None, None])
         dense = dense_crf_loss(
-            wide(logits).softmax(1), colours, view.roi, settings.sigma_rgb, settings.sigma_xy, settings.downscale,
-            settings.form, settings.radius, settings.samples, views.generator,
+            at_least_float32(logits).softmax(1), colours, view.roi,
+            settings.sigma_rgb, settings.sigma_xy, settings.downscale,
         )  # fmt: skip
         seeds = partial_cross_entropy(logits, view.crop.masks)
         return Losses({"seeds": seeds, "dense": settings.weight * dense})
@@ -123,8 +116,8 @@ class GridGDSettings:
 class GridGD(ScribbleMethod):
     """L = L_PCE, then L_PCE + lambda R(S).
 
-    The released script has a squared error on the seeds, by a default that it does not override; here cross-entropy.
-    Contrast weights read the normalised view, as the released trainer's do.
+    The released script has a squared error on the seeds, by a default that it does not override; here it is
+    cross-entropy. Contrast weights read the normalised view, as in the released trainer.
     """
 
     Settings = GridGDSettings
@@ -132,5 +125,6 @@ class GridGD(ScribbleMethod):
     def second(self, view: View, logits: Tensor) -> Losses:
         settings = self.settings
         grid = contrast_grid(view.x, view.roi, settings.neighbours)
-        potts = potts_loss(wide(logits).softmax(1), grid, settings.potts_weight, settings.relaxation)
-        return Losses({"seeds": partial_cross_entropy(logits, view.crop.masks), "potts": potts})
+        potts = relaxed_potts(at_least_float32(logits).softmax(1), grid, settings.relaxation).mean()
+        seeds = partial_cross_entropy(logits, view.crop.masks)
+        return Losses({"seeds": seeds, "potts": settings.potts_weight * potts})

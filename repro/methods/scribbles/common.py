@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from repro.arrays import at_least_float32
 from repro.data.mask_views import Crop, MaskViews, Photometric, hide
-from repro.solvers.potts import wide
+from repro.recipe import ScribbleRecipe
 from repro.train import Items, Losses, Method, Now
 
 # Losses
@@ -25,7 +26,7 @@ def outlier_model(epsilon: float, classes: int) -> tuple[float, float]:
     if not 0 <= epsilon <= limit:
         raise ValueError(
             f"epsilon is {epsilon}; with {classes} classes it must lie in [0, {limit:.6g}], where the robust loss is "
-            "constant: bring a value for another number of classes over with rescaled_epsilon"
+            "constant: convert a value for another number of classes with rescaled_epsilon"
         )
     return epsilon / (classes - 1), 1 - epsilon / limit
 
@@ -59,8 +60,8 @@ def pixel_loss(log_probs: Tensor, labels: Tensor, epsilon: float = 0.0, soften: 
     """The robust loss of each pixel, (B, H, W); 0 where the label counts for nothing.
 
     log_probs: (B, C, H, W), log softmax. labels: (B, H, W).
-    soften: share of the label that is spread evenly over all C classes. For epsilon 0 this is label smoothing. A
-        switch of the released code; which formula it has with epsilon > 0 is not known, this one is ours.
+    soften: share of the label that is spread evenly over all C classes, label smoothing for epsilon 0. It is a switch
+        of the released code, whose formula for epsilon > 0 is not known; this one was chosen here.
     """
     classes = log_probs.shape[1]
     known = labels < classes
@@ -77,7 +78,7 @@ def partial_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits: (B, C, H, W). labels: (B, H, W).
     The released code divides its mean by the batch size once more; learning rates and weights belong to that.
     """
-    loss = pixel_loss(wide(logits).log_softmax(1), labels)
+    loss = pixel_loss(at_least_float32(logits).log_softmax(1), labels)
     return loss.sum() / ((labels < logits.shape[1]).sum().clamp(min=1) * len(logits))
 
 
@@ -88,10 +89,10 @@ def proposal_losses(
 
     logits: (B, C, H, W). scribbles, proposals: (B, H, W). epsilon, soften: of the proposals.
     Both are sums over B and the batch's number of *seeds*, so proposals weigh by their number. A batch without a seed
-    has no such scale: both parts are 0 then (ours; the released code divides by zero).
+    has no such scale, so both parts are 0 (chosen here; the released code divides by zero).
     """
     classes = logits.shape[1]
-    log_probs = wide(logits).log_softmax(1)
+    log_probs = at_least_float32(logits).log_softmax(1)
     seeds = scribbles < classes
     divisor = seeds.sum().clamp(min=1) * len(logits)
     rest = torch.where(seeds, classes, proposals.long())
@@ -101,7 +102,6 @@ def proposal_losses(
 
 
 # Settings by scribble length
-
 
 PUBLISHED_CLASSES = 21
 
@@ -125,10 +125,9 @@ PUBLISHED = {
 
 
 def tuned_for(length: float, classes: int = PUBLISHED_CLASSES) -> Tuned:
-    """The published gamma, and the published epsilon brought over to C = `classes`.
+    """The published gamma, and the published epsilon rescaled to C = `classes`.
 
-    length: one of the published ones. Lengths between them are refused: both values were tuned for each length alone,
-    and nothing says how they run between. Raises ValueError.
+    length: one of the published ones; ValueError for others, since both values were tuned for each length alone.
     """
     if length not in PUBLISHED:
         known = ", ".join(f"{known:g}" for known in sorted(PUBLISHED))
@@ -139,23 +138,8 @@ def tuned_for(length: float, classes: int = PUBLISHED_CLASSES) -> Tuned:
 
 # Steps
 
-
 # Robust Trust Region's colours: a blur of radius U(0, 1) or nothing. A deviation of 0 cannot be divided by.
 BLUR = Photometric(jitter=0, grey=0, blur=0.5, sigma_low=1e-3, sigma_high=1.0)
-
-
-class Options(Protocol):
-    """What these methods read of a recipe.
-
-    start_steps: steps of partial cross-entropy at the start, 0 for none. head_factor: learning rate outside the
-    backbone. blur: whether views have the colours of the `MaskViews`, made with strong=BLUR. workers: processes that
-    solve stage A, 0 for none beside this one.
-    """
-
-    start_steps: int
-    head_factor: float
-    blur: bool
-    workers: int
 
 
 @dataclass(frozen=True)
@@ -173,25 +157,25 @@ class View:
 
 
 class ScribbleMethod(Method):
-    """A method that segments from scribbles; it says what its second stage is in `second`.
+    """A method that segments from scribbles; each defines its second stage in `second`.
 
     settings: the method's own; its `rate` is the second stage's learning rate over the recipe's. network: a
     DeepLabV3+. views: made on its device. classes: C, with the background. size: (N, H, W) of the pool's images,
     for methods that keep a label map of each.
     """
 
-    # what the pool's `labels` must be: "scribbles", or "masks" for full supervision alone
+    # the kind of `labels` that the pool must have: "scribbles", or "masks" for full supervision alone
     supervision: ClassVar[str] = "scribbles"
 
     def __init__(
-        self, settings: Any, network: nn.Module, views: MaskViews, classes: int, recipe: Options,
+        self, settings: Any, network: nn.Module, views: MaskViews, classes: int, recipe: ScribbleRecipe,
         size: tuple[int, int, int],
     ) -> None:  # fmt: skip
         super().__init__()
         self.settings, self.network, self.views, self.classes = settings, network, views, classes
         self.start_steps, self.head_factor, self.blur = recipe.start_steps, recipe.head_factor, recipe.blur
         self.workers = recipe.workers
-        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # a resumed run is not told its stage
+        self.register_buffer("stage", torch.zeros((), dtype=torch.int64))  # resuming skips begin_stage
 
     def stages(self, steps: int) -> list[int]:
         return [self.start_steps, steps] if self.start_steps else [steps]
@@ -210,10 +194,8 @@ class ScribbleMethod(Method):
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Backbone and head; weight decay on everything, batch norms included (released code)."""
         rate = self.settings.rate if self.is_second(int(self.stage)) else 1.0
-        parts = (
-            (list(self.network.backbone.parameters()), rate),
-            (self.network.head_parameters(), self.head_factor * rate),
-        )
+        backbone, head = list(self.network.backbone.parameters()), self.network.head_parameters()
+        parts = (backbone, rate), (head, self.head_factor * rate)
         return [{"params": part, "weight_decay": weight_decay, "lr_factor": factor} for part, factor in parts]
 
     def view(self, items: Items) -> View:

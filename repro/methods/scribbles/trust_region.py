@@ -7,7 +7,7 @@ epsilon 0 or above. The paper's text could not be had: this follows the released
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from repro.arrays import at_least_float32
 from repro.data.mask_views import MaskViews, hide
 from repro.data.masks import IGNORE
 from repro.methods.scribbles.common import (
-    Options,
     ScribbleMethod,
     View,
     outlier_model,
@@ -27,6 +27,7 @@ from repro.methods.scribbles.common import (
     proposal_losses,
 )
 from repro.models.modes import evaluating
+from repro.recipe import ScribbleRecipe
 from repro.settings import SettingError, check, hyper
 from repro.solvers.cuts import (
     BACK_ENDS,
@@ -38,30 +39,18 @@ from repro.solvers.cuts import (
     solve_all,
     start_workers,
 )
-from repro.solvers.potts import Grid, contrast_grid, problems, wide
+from repro.solvers.potts import contrast_grid, problems
 from repro.train import Items, Losses, PixelLabels
 
 # Proposals
 
-
 IMAGES_PER_PASS = 16  # memory only: the network is in eval mode
 
 
-def solving(workers: int) -> contextlib.AbstractContextManager[Executor | None]:
-    """Worker processes for a `with` block; None, and so this process, for 0."""
-    return start_workers(workers) if workers else contextlib.nullcontext()
-
-
 def refresh(
-    network: nn.Module,
-    views: MaskViews,
-    pool: Any,
-    stored: Tensor,
-    settings: SolverSettings,
-    neighbours: int = 8,
+    network: nn.Module, views: MaskViews, pool: Any, stored: Tensor, settings: SolverSettings, neighbours: int = 8,
     workers: int = 0,
-    on_progress: Callable[[int, int | None], None] | None = None,
-) -> list[Solution]:
+) -> list[Solution]:  # fmt: skip
     """Solve stage A for every image of a pool and overwrite its stored proposal.
 
     network: put in eval mode for the pass, then back; predicts whole, un-augmented images without autocast.
@@ -69,14 +58,14 @@ def refresh(
         Its `take`, if it has one, must deliver whole images, without chance.
     stored: (N, H, W) uint8 by pool index, in which each image starts; 255 is the lowest label that is allowed, which
         is background where all are (the released start). Written only once all are solved.
-    workers: processes, 0 for this one. on_progress(done, None): after each image.
-    Returns the solutions in the order of `labelled`, with the energies from and to which each image came.
+    workers: processes, 0 for this one.
+    Returns the solutions in the order of `labelled`.
     Source: released code: seeds fixed, labels of the scribbles only (if the settings say so), unary by plain log
     softmax, contrast weights of the normalised image.
     """
-    with torch.no_grad(), solving(workers) as executor, evaluating(network):
+    with torch.no_grad(), start_workers(workers) as executor, evaluating(network):
         waiting = whole_images(network, views, pool, stored, neighbours)
-        solutions = solve_all(waiting, settings, executor, on_progress)
+        solutions = solve_all(waiting, settings, executor)
     for number, solution in zip(pool.labelled.tolist(), solutions, strict=True):
         stored[number] = torch.from_numpy(solution.labels).to(stored.device)
     return solutions
@@ -85,28 +74,21 @@ def refresh(
 def whole_images(network: nn.Module, views: MaskViews, pool: Any, stored: Tensor, neighbours: int) -> Iterator[Problem]:
     """Stage A of each image in turn; the network runs only as far as problems are asked for."""
     for index in pool.labelled.split(IMAGES_PER_PASS):
-        items = take(pool, index)
+        items = pool.take(index) if hasattr(pool, "take") else Items(index, pool.images[index], pool.labels[index])
         roi = items.labels != PADDING
         x = hide(views.plain(items.images), ~roi)
         grid = contrast_grid(x, roi, neighbours)
         names = [f"{number} of the pool" for number in index.tolist()]
-        yield from problems(wide(network(x)).log_softmax(1), grid, items.labels, stored[items.index], names)
-
-
-def take(pool: Any, index: Tensor) -> Items:
-    """Images of a pool, by its `take` where it has one."""
-    if hasattr(pool, "take"):
-        return pool.take(index)
-    return Items(index, pool.images[index], pool.labels[index])
+        yield from problems(at_least_float32(network(x)).log_softmax(1), grid, items.labels, stored[items.index], names)
 
 
 def report(index: Tensor, logits: Tensor, proposals: Tensor, seeds: Tensor, window: Any) -> dict[str, PixelLabels]:
-    """What the monitor is told of proposals on crops: those outside the seeds, and the network's probability of each.
+    """What the monitor compares with hidden masks: proposals outside the seeds, and the network's probability of each.
 
     index: (B,). logits: (B, C, S, S). proposals: (B, S, S), 255 where there is none. seeds: (B, S, S) bool.
     """
     valid = proposals < logits.shape[1]
-    scores = wide(logits.detach())
+    scores = at_least_float32(logits.detach())
     chosen = torch.where(valid, proposals.long(), 0)
     confidence = (scores.gather(1, chosen[:, None])[:, 0] - scores.logsumexp(1)).exp()
     return {"proposals": PixelLabels(index, chosen, valid & ~seeds, confidence, valid, window)}
@@ -117,10 +99,10 @@ def report(index: Tensor, logits: Tensor, proposals: Tensor, seeds: Tensor, wind
 
 @dataclass(frozen=True)
 class TrustRegionSettings:
-    epsilon: float = hyper(0.0, "epsilon", "0: plain; robust: lengths.tuned_for(length, C)", low=0, high=1)
+    epsilon: float = hyper(0.0, "epsilon", "0: plain; robust: tuned_for(length, C)", low=0, high=1)
     soften: float = hyper(0.0, "", "released code (tr-soften): off; label smoothing, ablation", low=0, high=1)
     potts_weight: float = hyper(100.0, "lambda", "released script", low=0)
-    gamma: float = hyper(0.05, "gamma", "released README, length 1; shorter: lengths.tuned_for", low=0)
+    gamma: float = hyper(0.05, "gamma", "released README, length 1; shorter: tuned_for", low=0)
     refresh: int = hyper(5, "", "released script: epochs between two stages A", low=1)
     sweeps: int = hyper(5, "", "released code: passes over the labels in a stage A", low=1)
     restricted: bool = hyper(True, "", "released code (tr-restricted): only labels of the image's scribbles")
@@ -135,15 +117,13 @@ class TrustRegionSettings:
     @property
     def solver(self) -> SolverSettings:
         """Those of stage A."""
-        return SolverSettings(
-            self.potts_weight, self.gamma, self.sweeps, self.restricted, self.downscale, self.back_end
-        )
+        values = self.potts_weight, self.gamma, self.sweeps, self.restricted, self.downscale, self.back_end
+        return SolverSettings(*values)
 
 
 @dataclass(frozen=True)
 class RobustTrustRegionSettings(TrustRegionSettings):
-    epsilon: float = hyper(0.9440, "epsilon", "released README, length 1, C = 21; else lengths.tuned_for(length, C)",
-                           low=0, high=1)  # fmt: skip
+    epsilon: float = hyper(0.9440, "epsilon", "released README, length 1, C = 21; else tuned_for", low=0, high=1)
 
 
 class TrustRegion(ScribbleMethod):
@@ -156,7 +136,7 @@ class TrustRegion(ScribbleMethod):
     Settings = TrustRegionSettings
 
     def __init__(
-        self, settings: TrustRegionSettings, network: nn.Module, views: MaskViews, classes: int, recipe: Options,
+        self, settings: TrustRegionSettings, network: nn.Module, views: MaskViews, classes: int, recipe: ScribbleRecipe,
         size: tuple[int, int, int],
     ) -> None:  # fmt: skip
         super().__init__(settings, network, views, classes, recipe, size)
@@ -203,19 +183,13 @@ class ADMSettings:
         check(self)
 
 
-def edgewise(grid: Grid) -> Grid:
-    """The grid for a solver that multiplies weights by |Omega| / |N|: with these, it multiplies them by 1."""
-    factor = (grid.pairs / grid.pixels.clamp(min=1))[:, None, None]
-    return replace(grid, weights=tuple(weight * factor for weight in grid.weights))
-
-
 class ADM(ScribbleMethod):
     """L = L_PCE, then L_PCE + 1.5 CE(X, S), X = argmin sum -log S_X + 80 sum w [X_p != X_q], all labels, free seeds.
 
-    Every step of the second stage copies predictions and weights to the host and waits for the solver: this is slow,
-    and it is the method. Expansion starts from background, as the released code does. Both terms are means over pixels,
-    which here are divided by B as in all methods, so that one learning rate suits all (ours). Contrast weights read the
-    normalised view, as the trust region's do (ours).
+    The method is slow: every step of its second stage copies predictions and weights to the host and waits for the
+    solver. Expansion starts from background, as in the released code. Chosen here: both terms are means over pixels,
+    divided by B as in all methods, so that one learning rate suits all; contrast weights read the normalised view, as
+    in the trust region.
     """
 
     Settings = ADMSettings
@@ -237,9 +211,11 @@ class ADM(ScribbleMethod):
         solver = SolverSettings(
             settings.potts_weight, settings.unary_weight, settings.sweeps, restricted=False, back_end=settings.back_end
         )
-        grid = edgewise(contrast_grid(view.x, view.roi, settings.neighbours))
+        grid = contrast_grid(view.x, view.roi, settings.neighbours)
+        factor = (grid.pairs / grid.pixels.clamp(min=1))[:, None, None]  # cancels the solver's |Omega| / |N|
+        grid = replace(grid, weights=tuple(weight * factor for weight in grid.weights))
         unseeded = torch.where(view.roi, UNLABELLED, PADDING).to(torch.uint8)
-        waiting = problems(wide(logits).log_softmax(1), grid, unseeded)
+        waiting = problems(at_least_float32(logits).log_softmax(1), grid, unseeded)
         labels = np.stack([solution.labels for solution in solve_all(waiting, solver, self.processes())])
         return torch.from_numpy(labels).to(logits.device)
 
@@ -247,6 +223,6 @@ class ADM(ScribbleMethod):
         """Worker processes, started at the first step and ended with the method; None for this process."""
         if self.workers and self.executor is None:
             stack = contextlib.ExitStack()
-            self.executor = stack.enter_context(solving(self.workers))
+            self.executor = stack.enter_context(start_workers(self.workers))
             weakref.finalize(self, stack.close)
         return self.executor

@@ -92,6 +92,12 @@ def bn_state(network):
     return {k: v.clone() for k, v in network.state_dict().items() if "running" in k or "tracked" in k}
 
 
+def three_view_logits(samples):
+    """Logits (B + 2U, K) of `TinyNetwork` for labelled weak, unlabelled weak and strong views, drawn in USB's order."""
+    labelled, unlabelled = samples["labelled"].images, samples["unlabelled"].images
+    return TinyNetwork()(torch.cat([view(labelled, 1), view(unlabelled), -view(unlabelled)])).detach().numpy()
+
+
 def softmax(logits):
     """numpy, float64, row by row."""
     rows = np.asarray(logits, dtype=np.float64)
@@ -105,9 +111,7 @@ def cross_entropy(logits, target):
     target = np.asarray(target)
     if target.ndim == 1:
         return np.array([-row[k] for row, k in zip(logs, target, strict=True)])
-    return np.array(
-        [-sum(p * log for p, log in zip(t, row, strict=True)) for t, row in zip(target, logs, strict=True)]
-    )
+    return np.array([-sum(p * log for p, log in zip(t, row, strict=True)) for t, row in zip(target, logs, strict=True)])
 
 
 def gradient_reaches(loss, parameters):

@@ -1,15 +1,14 @@
-"""CalibrateMix: pairs, mixups, records and whole steps against loops; what its switches change; resume."""
+"""CalibrateMix: halves, partners, mixed loss and whole steps against loops and hand-computed cases."""
 
 import copy
 import dataclasses
-import os
-import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from repro.methods.few_labels import calibratemix
 from repro.methods.few_labels.calibratemix import (
@@ -18,9 +17,11 @@ from repro.methods.few_labels.calibratemix import (
     CalibrateMix,
     CalibrateMixSettings,
     cosine_similarity,
-    scores,
+    draw_pairs,
+    draw_partner,
+    halves,
+    mixed_loss,
 )
-from repro.train import seed_everything, train
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,
@@ -29,10 +30,109 @@ from tests.methods.few_labels.fakes import (
     bn_state,
     items,
     now,
-    pool,
     view,
 )
-from tests.methods.few_labels.test_pairing import mixed_by_loops
+
+# Pairs
+
+
+def test_halves_by_hand():
+    parts = halves(torch.tensor([3.0, -1.0, 2.0, -1.0, 0.0]))
+    assert parts["hard"].tolist() == [1, 3] and parts["easy"].tolist() == [4, 2, 0]
+    tied = halves(torch.zeros(6))
+    assert tied["hard"].tolist() == [0, 1, 2] and tied["easy"].tolist() == [3, 4, 5]
+
+
+def test_similarity_by_loops_and_under_autocast():
+    x, y = torch.randn(3, 2, 4), torch.randn(5, 2, 4)
+    y[4] = 0
+    expected = [[np.dot(a, b) / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12) for b in y.flatten(1).numpy()]
+                for a in x.flatten(1).numpy()]  # fmt: skip
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = cosine_similarity(x, y)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "pool_size"), [("dissimilar", 3), ("similar", 3), ("random", 3), ("similar", 50)])
+def test_partners_are_uniform_among_their_candidates(rule, pool_size):
+    similarity = torch.tensor([[0.5, -0.2, 0.9, -0.7, 0.1, 0.3]]).expand(6000, 6)
+    candidates = {"dissimilar": {3, 1, 4}, "similar": {2, 0, 5}, "random": set(range(6))}[rule]
+    if pool_size > 6:
+        candidates = set(range(6))
+    partner = draw_partner(similarity, pool_size, rule)
+    counts = torch.bincount(partner, minlength=6) / 6000
+    assert {k for k in range(6) if counts[k] > 0} == candidates
+    np.testing.assert_allclose(counts[list(candidates)], 1 / len(candidates), atol=0.03)
+
+
+def test_ties_in_similarity_go_to_the_lower_column():
+    assert draw_partner(torch.zeros(4, 7), 1, "dissimilar").tolist() == [0] * 4
+    assert draw_partner(torch.zeros(4, 7), 1, "similar").tolist() == [0] * 4
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10_000), st.integers(2, 9), st.integers(2, 11), st.sampled_from(sorted(PAIRINGS)))
+def test_pairs_cross_the_divides_as_named(seed, b, u, pairing):
+    rng = np.random.default_rng(seed)
+    aum, apm = rng.integers(0, 4, size=b).astype(float), rng.integers(0, 4, size=u).astype(float)  # ties
+    similarity = rng.normal(size=(b, u))
+    arguments = [torch.tensor(v) for v in (aum, apm, similarity)]
+    pairs = draw_pairs(*arguments, pairing, 1, "dissimilar")
+    order = {name: sorted(range(len(score)), key=lambda i: score[i]) for name, score in (("l", aum), ("u", apm))}
+    part = {
+        (name, half): ranks[: len(ranks) // 2] if half == "hard" else ranks[len(ranks) // 2 :]
+        for name, ranks in order.items()
+        for half in ("hard", "easy")
+    }
+    assert len(pairs) == len(PAIRINGS[pairing])
+    if pairing == "random":
+        assert sorted(torch.cat([row for row, _ in pairs]).tolist()) == list(range(b))
+        sizes = [len(row) for row, _ in pairs]
+        assert sizes == [b - b // 2, b // 2]
+        return
+    for (row, column), (own, other) in zip(pairs, PAIRINGS[pairing], strict=True):
+        assert row.tolist() == part["l", own]
+        expected = [min(part["u", other], key=lambda j: similarity[i, j]) for i in row.tolist()]
+        assert column.tolist() == expected
+
+
+@pytest.mark.parametrize(("b", "u"), [(1, 5), (5, 1)])
+def test_batches_too_small_to_halve_are_refused(b, u):
+    with pytest.raises(ValueError, match=f"batches of {b} and {u}"):
+        draw_pairs(torch.zeros(b), torch.zeros(u), torch.zeros(b, u), "easy-hard", 15, "dissimilar")
+
+
+def mixed_by_loops(logits, first, second, weight, kind):
+    """Released form: one loss for each label, element by element."""
+
+    def loss(labels):
+        total = 0.0
+        for z, y in zip(logits, labels, strict=True):
+            if kind == "ce":
+                total += np.log(np.exp(z).sum()) - z[y]
+            else:
+                p = 1 / (1 + np.exp(-z))
+                total -= sum(np.log(p[k] if k == y else 1 - p[k]) for k in range(len(z))) / len(z)
+        return total / len(logits)
+
+    return weight * loss(first) + (1 - weight) * loss(second)
+
+
+@pytest.mark.parametrize("kind", ["bce", "ce"])
+def test_mixed_loss_by_loops_and_gradcheck(kind):
+    rng = np.random.default_rng(0)
+    logits, first, second = rng.normal(size=(6, 4)) * 2, rng.integers(4, size=6), rng.integers(4, size=6)
+    eye = torch.eye(4, dtype=torch.float64)
+    for weight in (0.0, 0.3, 1.0):
+        target = weight * eye[first] + (1 - weight) * eye[second]
+        got = mixed_loss(torch.tensor(logits), target, kind)
+        assert got.item() == pytest.approx(mixed_by_loops(logits, first, second, weight, kind), rel=1e-10)
+    z = torch.tensor(logits, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: mixed_loss(z, target, kind), (z,))
+
+
+# Steps
+
 
 N = 12
 
@@ -40,9 +140,6 @@ N = 12
 def build(network=None, **changes):
     settings = CalibrateMixSettings(**{"warmup": 100, "ema_p": 0.6, "threshold": 0.4} | changes)
     return CalibrateMix(settings, network or TinyNetwork(), FakeViews(), CLASSES, N)
-
-
-# Settings
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -56,19 +153,6 @@ def test_settings_are_flat_and_have_the_base_s_defaults_and_ranges(base):
     assert CalibrateMixSettings(base=base).base_settings() == BASES[base].Settings()
     changed = CalibrateMixSettings(base=base, unlabelled_weight=2.0).base_settings()
     assert changed == BASES[base].Settings(unlabelled_weight=2.0)
-
-
-def test_released_defaults():
-    defaults = CalibrateMixSettings()
-    assert (defaults.base, defaults.warmup, defaults.delta, defaults.beta_alpha, defaults.pool) == (
-        "softmatch", 150_000, 0.997, 0.4, 15)  # fmt: skip
-    assert (defaults.pairing, defaults.partner, defaults.similarity, defaults.mixed_loss) == (
-        "easy-hard", "dissimilar", "pixels", "bce")  # fmt: skip
-    assert (defaults.ssl_terms, defaults.second_updates, defaults.apm_during_warmup, defaults.duplicates) == (
-        "both", True, False, "one")  # fmt: skip
-
-
-# Whole steps
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -255,12 +339,6 @@ def test_features_decide_similarity_without_a_trace():
     np.testing.assert_allclose(pixels.similarity(own, weak), cosine_similarity(own, weak), atol=1e-7)
 
 
-def test_a_batch_of_one_class_and_a_pool_smaller_than_k():
-    samples = {"labelled": items(3, 1, torch.zeros(3, dtype=torch.int64)), "unlabelled": batch(4, 2)["unlabelled"]}
-    losses = build().losses(samples, now(200))
-    assert all(torch.isfinite(term) for term in losses.terms.values()) and "mixed" in losses.terms
-
-
 @pytest.mark.parametrize("rule", ["one", "count"])
 def test_records_of_repeated_indices(rule):
     """As in a batch of 64 drawn from 40 labels: the released code hears the last of equal indices, `count` all."""
@@ -285,53 +363,12 @@ def test_records_of_repeated_indices(rule):
         np.testing.assert_allclose(
             got_apm, [apm[i][k] for i, k in zip(index, label, strict=True)], rtol=1e-4, atol=1e-6
         )
-    report = scores(method)
+    report = method.keep()
     for i in range(N):
         known = i in sums
         assert report["pseudo_label"][i] == (last[i] if known else -1)
         assert report["aum"][i].item() == pytest.approx(sums[i] / visits[i] if known else np.nan, nan_ok=True, rel=1e-6)
         assert report["apm"][i].item() == pytest.approx(apm[i][last[i]] if known else np.nan, nan_ok=True, rel=1e-4)
-
-
-# Resume and speed
-
-RECIPE = SimpleNamespace(
-    batch=5, unlabelled_ratio=2, steps=10, epoch_steps=4, optimiser="sgd", lr=0.05, momentum=0.9, nesterov=True,
-    weight_decay=1e-3, schedule="cosine-7/16", warmup_steps=0, ema=0.9, eval_every=5, log_every=5, checkpoint_every=4,
-    precision="fp32", channels_last=False, compile=False,
-)  # fmt: skip
-
-
-class PlainViews(FakeViews):
-    """Views without a count of draws, which a resumed run would not know."""
-
-    def draw(self, kind, images):
-        return view(images)
-
-
-def run(folder, base, stop_after=None):
-    seed_everything(0)
-    settings = CalibrateMixSettings(base=base, warmup=4, threshold=0.4, ema_p=0.6)
-    method = CalibrateMix(settings, TinyNetwork(dropout=0.2), PlainViews(), CLASSES, N)
-    losses = method.losses
-
-    def interrupted(samples, moment):
-        if moment.step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return losses(samples, moment)
-
-    method.losses = interrupted
-    samples = pool(N, {1: 0, 4: 1, 7: 2})
-    network, history = train(method, samples, RECIPE, folder, seed=1, evaluate=lambda net: {"error": 0.0})
-    return method, network
-
-
-def test_the_network_is_stored_once_and_found():
-    method = build()
-    assert method.network is method.base.network
-    assert sum(name.endswith("head.weight") for name in method.state_dict()) == 1
-    groups = method.parameter_groups(0.1)
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in TinyNetwork().parameters())
 
 
 def test_ctaugment_is_shown_the_labelled_images_once():

@@ -1,17 +1,12 @@
 """UPS: selection, balancing, batch shares, rounds, losses; the whole through the loop with a resume."""
 
-import itertools
-import os
-import signal
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from repro.methods.few_labels.ups import UPS, UPSSettings, balance, batch_shares, reject
-from repro.train import Interrupted, seed_everything, train
+from repro.methods.few_labels.ups import UPS, UPSSettings, balance, batch_shares
 from tests.methods.few_labels.fakes import (
     CLASSES,
     FakeViews,
@@ -44,37 +39,6 @@ def test_balance_by_loops(minimum, seed):
     assert got.tolist() == balanced_by_loops(label, deviation, selected, 3, minimum)
 
 
-def test_balance_keeps_the_steadiest_and_leaves_the_minimum_to_a_missing_class():
-    label = torch.tensor([0, 0, 0, 0, 1])
-    deviation = torch.tensor([0.04, 0.01, 0.03, 0.02, 0.04])
-    every = torch.ones(5, dtype=torch.bool)
-    assert balance(label, deviation, every, 2, 1).tolist() == [False, True, False, False, True]
-    assert balance(label, deviation, every, 3, 2).tolist() == [
-        False,
-        True,
-        False,
-        True,
-        True,
-    ]  # class 2 has none
-    assert balance(label, deviation, ~every, 2, 25).tolist() == [False] * 5
-
-
-def test_reject_by_loops():
-    rng = np.random.default_rng(1)
-    mean, deviation = rng.random((9, 4)) / 10, rng.random((9, 4)) / 100
-    label = rng.integers(4, size=9)
-    expected = [
-        [mean[i, k] < 0.05 and deviation[i, k] < 0.005 and k != label[i] for k in range(4)] for i in range(9)
-    ]
-    got = reject(*(torch.tensor(v) for v in (mean, deviation, label)), 0.05, 0.005)
-    assert got.tolist() == expected and 3 < got.sum() < 20
-
-
-def test_reject_excludes_its_bounds():
-    mean, deviation = torch.tensor([[0.05, 0.04, 0.04]]), torch.tensor([[0.0, 0.005, 0.004]])
-    assert reject(mean, deviation, torch.tensor([0]), 0.05, 0.005).tolist() == [[False, False, True]]
-
-
 @pytest.mark.parametrize(
     ("positives", "negatives", "expected"),
     [
@@ -87,16 +51,6 @@ def test_reject_excludes_its_bounds():
 )
 def test_batch_shares(positives, negatives, expected):
     assert batch_shares(128, positives, negatives) == expected
-
-
-def test_batch_shares_as_the_released_code_computes_them():
-    for positives in range(1, 60, 7):
-        for negatives in range(1, 60, 5):
-            expanded = positives
-            while expanded < negatives:  # repeats its labelled list up to the length of the other
-                expanded += 1
-            share = int(float(32) * negatives / (expanded + negatives))
-            assert batch_shares(32, positives, negatives) == (32 - share, share)
 
 
 def build(network=None, size=12, **changes):
@@ -146,9 +100,7 @@ def test_relabel_by_loops(balanced, monkeypatch):
     logits = rng.normal(size=(1, size, CLASSES)) * scale + rng.normal(size=(10, size, CLASSES)) * 0.05
     given = pool(size, labelled)
     given.images[:, 0, 0, 0] = torch.arange(size, dtype=torch.uint8)
-    monkeypatch.setattr(
-        "repro.methods.few_labels.ups.IMAGES_PER_PASS", 25
-    )  # several batches, each of ten passes
+    monkeypatch.setattr("repro.methods.few_labels.ups.IMAGES_PER_PASS", 25)  # several batches, each of ten passes
     method = build(Played(torch.tensor(logits)), size, class_minimum=2)
     method.relabel(given, balanced)
     candidates = [i for i in range(size) if i not in labelled]
@@ -217,10 +169,6 @@ def test_streams_follow_from_the_buffers():
         assert streams["negative"][0].tolist() == [4, 5] and streams["negative"][1] == 2
 
 
-def test_stages_are_rounds():
-    assert build(rounds=3).stages(70) == [70, 70, 70]
-
-
 def step_samples(method):
     method.positive[[3, 7]] = torch.tensor([2, 0])
     method.negative[4] = torch.tensor([False, True, False])
@@ -256,9 +204,7 @@ def test_the_first_round_is_supervised():
     losses = method.losses({"positive": given}, now(0, 10, stage=0))
     logits = TinyNetwork()(-view(given.images)).detach()
     assert losses.terms.keys() == {"positive"} and losses.pseudo == {}
-    assert losses.terms["positive"].item() == pytest.approx(
-        cross_entropy(logits, given.labels).mean(), rel=1e-5
-    )
+    assert losses.terms["positive"].item() == pytest.approx(cross_entropy(logits, given.labels).mean(), rel=1e-5)
 
 
 def test_pseudo_labels_of_the_pool_are_reported_once_a_round():
@@ -278,58 +224,3 @@ def test_pseudo_labels_of_the_pool_are_reported_once_a_round():
 def test_needs_dropout():
     with pytest.raises(ValueError, match="dropout > 0"):
         build(TinyNetwork())
-
-
-def test_published_defaults():
-    s = UPSSettings()
-    assert (s.rounds, s.passes, s.balanced_rounds, s.class_minimum) == (20, 10, 10, 25)
-    assert (s.positive_threshold, s.negative_threshold, s.negative_temperature) == (0.7, 0.05, 2.0)
-    assert (s.positive_stability, s.negative_stability) == (0.05, 0.005)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    batch: int = 6
-    unlabelled_ratio: int = 1
-    steps: int = 8
-    epoch_steps: int = 4
-    optimiser: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 0.0
-    schedule: str = "cosine-7/16"
-    warmup_steps: int = 0
-    ema: float = 0.5
-    eval_every: int = 100
-    log_every: int = 4
-    checkpoint_every: int = 100
-    precision: str = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-
-
-def run(folder, stop_at=None):
-    """Three rounds in the loop; `stop_at`: a stop is requested in this step, and the run then resumed."""
-    given = pool(40, {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2})
-    settings = {"rounds": 3, "class_minimum": 4, "positive_threshold": 0.45, "positive_stability": 0.3}
-    settings |= {"negative_threshold": 0.3, "negative_stability": 0.1}
-
-    def start(stop_at=None):
-        seed_everything(0)
-        method, step = build(size=40, **settings), itertools.count(1)
-        method.views.draw = lambda kind, images: view(images)  # without memory: the fake's is not saved
-        losses = method.losses
-
-        def watched(samples, when):
-            if next(step) == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return losses(samples, when)
-
-        method.losses = watched
-        return method, train(method, given, Recipe(), folder, seed=1, evaluate=lambda network: {})
-
-    if stop_at is not None:
-        with pytest.raises(Interrupted, match=f"step {stop_at} of 24"):
-            start(stop_at)
-    return start()

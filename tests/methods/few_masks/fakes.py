@@ -202,30 +202,6 @@ def threshold_oracle(logits, padding, threshold):
     return targets_of(confidence, probs.argmax(1), confidence >= threshold, padding)
 
 
-def csl_oracle(logits, padding, alpha=8.0, soft=True, eps=1e-8):
-    """CSL's weights image by image from a singular value decomposition, as spec 3.1 to 3.4 say."""
-    probs = softmax(logits)
-    confidence, label = probs.max(1), probs.argmax(1)
-    rest = probs.copy()
-    np.put_along_axis(rest, label[:, None], 0.0, 1)
-    m = (1 - confidence) / (CLASSES - 1)
-    others = np.arange(CLASSES)[None, :, None, None] != label[:, None]
-    residual = ((((rest - m[:, None]) ** 2) * others).sum(1) + m**2) / (CLASSES - 1)
-    weight = np.zeros_like(confidence)
-    for b in range(len(probs)):
-        inside = ~padding[b].numpy()
-        c, r = confidence[b][inside], residual[b][inside]
-        cluster = np.abs(np.linalg.svd(np.stack([c, r], 1), full_matrices=False)[0]).argmax(1)
-        best = max((0, 1), key=lambda j: c[cluster == j].mean())
-        rc, rr = c[cluster == best], r[cluster == best]
-        z_c = (c - rc.mean()) / np.sqrt(rc.var(ddof=1) + eps)
-        z_r = (rr.mean() - r) / np.sqrt(rr.var(ddof=1) + eps)
-        far = np.exp(-(z_c**2 + z_r**2) / alpha) if soft else np.zeros_like(c)
-        assert min(np.abs(z_c).min(), np.abs(z_r).min()) > 1e-3
-        weight[b][inside] = np.where((z_c > 0) | (z_r > 0), 1.0, far)
-    return targets_of(confidence, label, weight, padding)
-
-
 def pasted(mine, theirs, where):
     """CutMix of views or of targets, pixel by pixel."""
     if isinstance(mine, SimpleNamespace):

@@ -1,45 +1,186 @@
-"""AFA's network and steps: every term recomputed by loops, its stages, frozen norms, and what is evaluated."""
+"""AFA: affinity, walk and every term recomputed by loops over pairs of patches, stages, frozen norms."""
+
+import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from repro.cam import refined_labels
-from repro.methods.image_tags import METHODS
-from repro.methods.image_tags.afa import AFA, AFANetwork, AFASettings
-from repro.methods.image_tags.common import Trunk
-from repro.models.vit import vit
-from repro.settings import SettingError
-from repro.train import Ema
-from tests.methods.image_tags.fakes import (
-    CLASSES,
-    LAYOUT,
-    SCALES,
-    SIDE,
-    Head,
-    aux_cam,
-    balanced_oracle,
-    bilinear,
-    cam_oracle,
-    encoder,
-    gradients,
-    items,
-    main_cam,
-    now,
-    recipe,
-    replayed,
-    same_gradients,
-    views,
+from repro.methods.image_tags.afa import (
+    AFA,
+    AFANetwork,
+    AFASettings,
+    affinity_loss,
+    affinity_pairs,
+    neighbours,
+    random_walk,
+    symmetric_scores,
+    transition,
 )
+from repro.methods.image_tags.common import Trunk
+from tests.methods.image_tags import fakes
+from tests.methods.image_tags.fakes import CLASSES, SCALES, SIDE, Head
 
+GRID, N = (3, 4), 12
 TAGS = torch.ones(2, CLASSES)
+
+
+def symmetric(seed, batch=2):
+    logits = 2 * fakes.normal(seed, batch, N, N)
+    return logits + logits.mT
+
+
+def label_map(seed, size=(9, 12), batch=2):
+    """Background, two classes and ignored pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (batch, *size), generator=generator)
+    return labels.masked_fill(torch.rand(batch, *size, generator=generator) < 0.2, 255)
+
+
+def close(i, j, radius, columns=GRID[1]):
+    return abs(i // columns - j // columns) <= radius and abs(i % columns - j % columns) <= radius
+
+
+def pair_oracle(labels, grid, radius):
+    """Lists of pairs (image, i, j) alike and apart; a patch takes the pixel at its first corner, rounded down."""
+    alike, apart = [], []
+    height, width = labels.shape[1:]
+    for b, image in enumerate(labels.tolist()):
+        patch = [image[i * height // grid[0]][j * width // grid[1]] for i in range(grid[0]) for j in range(grid[1])]
+        for i, first in enumerate(patch):
+            for j, second in enumerate(patch):
+                if 255 not in (first, second) and close(i, j, radius, grid[1]):
+                    (alike if first == second else apart).append((b, i, j))
+    return alike, apart
+
+
+def loss_oracle(affinity, alike, apart):
+    pull = sum(1 - affinity[pair] for pair in alike) / (len(alike) + 1)
+    return 0.5 * pull + 0.5 * sum(affinity[pair] for pair in apart) / (len(apart) + 1)
+
+
+def test_scores_of_patches_are_added_to_their_mirror_image():
+    blocks = [fakes.normal(seed, 2, 3, N + 2, N + 2) for seed in (0, 1)]
+    blocks[0][:, :, :, :2] = -math.inf  # nobody looks at class tokens
+    seen = symmetric_scores(blocks, 2)
+    assert seen.shape == (2, 6, N, N) and torch.equal(seen, seen.mT)
+    for block, head, i, j in [(0, 0, 0, 5), (0, 2, 7, 7), (1, 1, 11, 3)]:
+        scores = blocks[block][:, head]
+        expected = scores[:, 2 + i, 2 + j] + scores[:, 2 + j, 2 + i]
+        torch.testing.assert_close(seen[:, 3 * block + head, i, j], expected, rtol=0, atol=0)
+    assert symmetric_scores([blocks[1].half()], 2).dtype == torch.float32
+
+
+@given(st.integers(0, 10**6), st.integers(0, 5), st.sampled_from([(9, 12), (10, 13), (3, 4)]))
+@settings(max_examples=25, deadline=None)
+def test_pairs_and_loss_are_the_loops(seed, radius, size):
+    labels, logits = label_map(seed, size), symmetric(seed + 1)
+    alike, apart = affinity_pairs(labels, GRID, radius)
+    expected = pair_oracle(labels, GRID, radius)
+    assert [[tuple(pair) for pair in kind.nonzero().tolist()] for kind in (alike, apart)] == list(expected)
+    assert affinity_loss(logits, alike, apart).item() == pytest.approx(
+        float(loss_oracle(logits.sigmoid(), *expected)), rel=1e-12
+    )
+    for kind in (torch.uint8, torch.int32):
+        again = affinity_pairs(labels.to(kind), GRID, radius)
+        assert torch.equal(again[0], alike) and torch.equal(again[1], apart)
+
+
+def test_without_pairs_the_loss_is_0_and_so_is_its_gradient():
+    pairs = affinity_pairs(torch.full((2, 9, 12), 255), GRID, 8)
+    logits = symmetric(0).requires_grad_()
+    loss = affinity_loss(logits, *pairs)
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any() and not (pairs[0] | pairs[1]).any()
+
+
+def test_gradient_of_the_loss():
+    alike, apart = affinity_pairs(label_map(5), GRID, 2)
+    logits = symmetric(6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: affinity_loss(z, alike, apart), logits)
+    affinity_loss(logits, alike, apart).backward()
+    assert (logits.grad[alike] < 0).all() and (logits.grad[apart] > 0).all()
+    assert not logits.grad[~(alike | apart)].any()
+
+
+def test_sure_pairs_keep_a_gradient_and_half_precision_is_widened():
+    alike, apart = affinity_pairs(torch.tensor([[[1, 0]]]), (1, 2), 1)
+    logits = torch.tensor([[[30.0, -30], [-30, 30]]], requires_grad=True)
+    affinity_loss(logits, alike, apart).backward()
+    torch.testing.assert_close(
+        logits.grad.abs().double(), torch.full((1, 2, 2), math.exp(-30) / 6, dtype=torch.float64), rtol=1e-5, atol=0
+    )
+    coarse = symmetric(7).half()
+    pairs = affinity_pairs(label_map(1), GRID, 2)
+    loss = affinity_loss(coarse, *pairs)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(affinity_loss(coarse.double(), *pairs).item(), rel=1e-6)
+
+
+def walk_oracle(cam, affinity, grid, radius, power=2):
+    """Each patch the mean of the patches around it, weighted by powers of the affinity; cam (B, C, H, W)."""
+    maps = fakes.bilinear(cam, grid).flatten(2)
+    walked = torch.zeros_like(maps)
+    for b in range(len(cam)):
+        for i in range(maps.shape[2]):
+            weights = [
+                affinity[b, i, j] ** power if close(i, j, radius, grid[1]) else affinity.new_zeros(())
+                for j in range(maps.shape[2])
+            ]
+            walked[b, :, i] = sum(w * maps[b, :, j] for j, w in enumerate(weights)) / sum(weights)
+    return fakes.bilinear(walked.unflatten(2, grid), cam.shape[2:])
+
+
+@given(st.integers(0, 10**6), st.integers(0, 4), st.sampled_from([0.0, 1.0, 2.0, 3.5]))
+@settings(max_examples=20, deadline=None)
+def test_the_walk_is_the_loop(seed, radius, power):
+    cam, logits = fakes.normal(seed, 2, 3, *GRID).sigmoid(), symmetric(seed + 1)
+    steps = transition(logits, neighbours(GRID, radius), power)
+    torch.testing.assert_close(steps.sum(2), torch.ones(2, N, dtype=torch.float64))
+    assert not steps[:, ~neighbours(GRID, radius)].any()
+    walked = random_walk(cam, steps)
+    torch.testing.assert_close(walked, walk_oracle(cam, logits.sigmoid(), GRID, radius, power), rtol=1e-10, atol=1e-12)
+    assert (walked <= cam.amax((2, 3), keepdim=True) + 1e-12).all()
+    assert (walked >= cam.amin((2, 3), keepdim=True) - 1e-12).all()
+
+
+def test_walks_with_a_known_end():
+    cam = fakes.normal(0, 2, 3, *GRID).sigmoid()
+    # radius 0 goes nowhere, whatever the affinity
+    same = random_walk(cam, transition(symmetric(1), neighbours(GRID, 0)))
+    torch.testing.assert_close(same, cam, rtol=0, atol=0)
+    # equal affinities everywhere: the mean of the map
+    flat = random_walk(cam, transition(torch.full((2, N, N), -3.0).double(), neighbours(GRID, 100)))
+    torch.testing.assert_close(flat, cam.mean((2, 3), keepdim=True).expand_as(cam))
+    # a constant map stays
+    constant = torch.full_like(cam, 0.4)
+    stayed = random_walk(constant, transition(symmetric(2), neighbours(GRID, 1)))
+    torch.testing.assert_close(stayed, constant)
+
+
+def test_vanishing_affinities_divide_nothing_by_0():
+    """sigmoid(-200) squared is 0 in float32; what counts is that all are equal."""
+    steps = transition(torch.full((1, N, N), -200.0), neighbours(GRID, 1))
+    expected = neighbours(GRID, 1) / neighbours(GRID, 1).sum(1, keepdim=True)
+    torch.testing.assert_close(steps[0], expected)
+
+
+def test_the_walk_in_half_precision_and_under_autocast():
+    cam, logits = fakes.normal(0, 2, 3, *GRID).sigmoid().half(), symmetric(1).half()
+    steps = transition(logits, neighbours(GRID, 1))
+    expected = random_walk(cam.double(), transition(logits.double(), neighbours(GRID, 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        walked = random_walk(cam, transition(logits, neighbours(GRID, 1)))
+    assert steps.dtype == walked.dtype == torch.float32
+    torch.testing.assert_close(walked.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def network(settings=None, **tokens):
     """AFA's network of 4 x 4 patches; its projection is small, for the fakes' scores are large."""
     settings = settings or AFASettings(radius=2)
-    made = AFANetwork(encoder(**tokens), CLASSES, Head(), settings)
+    made = AFANetwork(fakes.encoder(**tokens), CLASSES, Head(), settings)
     with torch.no_grad():
         made.projection.weight.mul_(0.05)
     return made
@@ -48,7 +189,7 @@ def network(settings=None, **tokens):
 def built(changes=None, **options):
     settings = AFASettings(**{"radius": 2} | options)
     torch.manual_seed(7)
-    return AFA(settings, network(settings), views(), recipe(settings, **changes or {})).train()
+    return AFA(settings, network(settings), fakes.views(), fakes.recipe(settings, **changes or {})).train()
 
 
 def images(count=2, seed=0):
@@ -62,130 +203,85 @@ def affinity_oracle(made, x):
     grid = made.encoder(x).grid
     for hook in hooks:
         hook.remove()
-    each, logits = LAYOUT.width // LAYOUT.heads, 0
+    each, logits = fakes.LAYOUT.width // fakes.LAYOUT.heads, 0
     for number, (block, tokens) in enumerate(zip(blocks, seen, strict=True)):
         query, key = (
             tokens[:, 1:] @ block.attn.qkv.weight[part].T + block.attn.qkv.bias[part]
-            for part in (slice(0, LAYOUT.width), slice(LAYOUT.width, 2 * LAYOUT.width))
+            for part in (slice(0, fakes.LAYOUT.width), slice(fakes.LAYOUT.width, 2 * fakes.LAYOUT.width))
         )
-        for head in range(LAYOUT.heads):
+        for head in range(fakes.LAYOUT.heads):
             at = slice(head * each, (head + 1) * each)
             scores = torch.einsum("bid,bjd->bij", query[..., at], key[..., at])
-            weight = made.projection.weight[0, number * LAYOUT.heads + head, 0, 0]
+            weight = made.projection.weight[0, number * fakes.LAYOUT.heads + head, 0, 0]
             logits = logits + weight * (scores + scores.transpose(1, 2))
     return (logits + made.projection.bias).sigmoid(), grid
 
 
-def close(i, j, columns, radius):
-    return abs(i // columns - j // columns) <= radius and abs(i % columns - j % columns) <= radius
-
-
-def affinity_loss_oracle(affinity, labels, radius):
-    """Spec 6.9 by loops over pairs of patches; labels (B, 16, 16), of which every fourth pixel is a patch."""
-    patches = labels[:, ::4, ::4].flatten(1).tolist()
-    alike, apart = [], []
-    for b, patch in enumerate(patches):
-        for i in range(16):
-            for j in range(16):
-                if close(i, j, 4, radius) and 255 not in (patch[i], patch[j]):
-                    (alike if patch[i] == patch[j] else apart).append(affinity[b, i, j])
-    assert len(alike) > 20 and len(apart) > 20
-    pull = sum(1 - a for a in alike) / (len(alike) + 1)
-    return 0.5 * pull + 0.5 * sum(apart) / (len(apart) + 1)
-
-
-def walk_oracle(cam, affinity, grid, radius, power=2):
-    """Each patch the mean of the patches around it, weighted by powers of the affinity; cam (B, C, H, W)."""
-    maps = bilinear(cam, grid).flatten(2)
-    walked = torch.zeros_like(maps)
-    for b in range(len(cam)):
-        for i in range(maps.shape[2]):
-            weights = [
-                affinity[b, i, j] ** power if close(i, j, grid[1], radius) else affinity.new_zeros(())
-                for j in range(maps.shape[2])
-            ]
-            walked[b, :, i] = sum(w * maps[b, :, j] for j, w in enumerate(weights)) / sum(weights)
-    return bilinear(walked.unflatten(2, grid), cam.shape[2:])
-
-
-# Steps
-
-
 @pytest.mark.parametrize("step", [0, 9, 10, 29, 30, 99])
 def test_terms_and_gradients_are_those_of_the_equations(step):
-    method, samples = built(seg_weight=0.3, aff_weight=0.7), items(3)
-    view, made = replayed(method, samples), method.network
+    method, samples = built(seg_weight=0.3, aff_weight=0.7), fakes.items(3)
+    view, made = fakes.replayed(method, samples), method.network
     tokens = made.encoder(view.x)
-    expected = {
-        "tags": F.multilabel_soft_margin_loss(made.classifier(tokens.patches.amax(1)), samples.labels),
-        "tags_aux": F.multilabel_soft_margin_loss(made.classifier_aux(tokens.auxiliary.amax(1)), samples.labels),
-    }
+    expected = fakes.tag_oracles(made, tokens, samples.labels)
     if step >= 10:
         affinity, grid = affinity_oracle(made, view.x)
-        cam = cam_oracle(main_cam(made), view.x).detach()
+        cam = fakes.cam_oracle(fakes.main_cam(made), view.x).detach()
         pixels, valid = view.crop.images.float() / 255, ~view.crop.padding
         labels = refined_labels(pixels, cam, samples.labels, 0.25, 0.7, valid)
-        expected["affinity"] = 0.7 * affinity_loss_oracle(affinity, labels, 2)
+        pairs = pair_oracle(labels, (4, 4), 2)
+        assert min(map(len, pairs)) > 20
+        expected["affinity"] = 0.7 * loss_oracle(affinity, *pairs)
         if step >= 30:
             walked = walk_oracle(cam, affinity.detach(), grid, 2)
             taught = refined_labels(pixels, walked, samples.labels, 0.25, 0.7, valid)
             assert not torch.equal(taught, labels)
             labels = taught
-        maps = tokens.patches.mT.reshape(3, -1, 4, 4)
-        expected["segmentation"] = 0.3 * balanced_oracle(bilinear(made.head(maps), (SIDE, SIDE)), labels)
-    found = method.losses({"tagged": samples}, now(step))
+        expected["segmentation"] = 0.3 * fakes.head_oracle(made, tokens, labels)
+    found = method.losses({"tagged": samples}, fakes.now(step))
     assert found.terms.keys() == expected.keys() and found.pseudo == {}
     for name, term in found.terms.items():
-        same_gradients(term, expected[name], method)
+        fakes.same_gradients(term, expected[name], method)
     assert made.walking.item() is (step >= 30)
 
 
 def test_the_affinity_learns_the_map_that_has_not_walked_and_the_head_the_one_that_has(monkeypatch):
-    method, samples = built(), items(2)
+    method, samples = built(), fakes.items(2)
     asked, made = [], iter((torch.zeros(2, SIDE, SIDE), torch.ones(2, SIDE, SIDE)))
     monkeypatch.setattr(method, "labels", lambda view, cam: asked.append(cam) or next(made).long())
-    view = replayed(method, samples)
+    view = fakes.replayed(method, samples)
     logs = method.network(view.x).log_softmax(1)
-    terms = method.losses({"tagged": samples}, now(50)).terms
+    terms = method.losses({"tagged": samples}, fakes.now(50)).terms
     plain, walked = method.network.maps(view.x, SCALES, True)
     assert torch.equal(asked[0], plain) and torch.equal(asked[1], walked) and not torch.allclose(plain, walked)
     # labels that are all 0 make the affinity's pairs, labels that are all 1 teach the head
     torch.testing.assert_close(terms["segmentation"], -0.05 * logs[:, 1].mean(), rtol=1e-4, atol=1e-6)
     affinity, _ = affinity_oracle(method.network, view.x)
-    near = torch.tensor([[close(i, j, 4, 2) for j in range(16)] for i in range(16)])
+    near = torch.tensor([[close(i, j, 2, 4) for j in range(16)] for i in range(16)])
     pull = (1 - affinity)[:, near].sum() / (2 * near.sum() + 1)
     torch.testing.assert_close(terms["affinity"], 0.05 * pull, rtol=1e-4, atol=1e-6)
 
 
 def test_the_affinity_s_loss_reaches_projection_and_encoder_but_neither_classifier_nor_head():
     method = built(freeze_norms=False)
-    reached = gradients(method.losses({"tagged": items()}, now(50)).terms["affinity"], method.network)
+    reached = fakes.gradients(method.losses({"tagged": fakes.items()}, fakes.now(50)).terms["affinity"], method.network)
     assert {name.split(".")[0] for name in reached} == {"encoder", "projection"}
     assert {"projection.weight", "projection.bias", "encoder.blocks.2.attn.qkv.weight"} <= reached
     assert not any(name.startswith("encoder.norm") for name in reached)  # scores are read in front of the final norm
-    other = gradients(method.losses({"tagged": items()}, now(50)).terms["segmentation"], method.network)
+    other = fakes.gradients(
+        method.losses({"tagged": fakes.items()}, fakes.now(50)).terms["segmentation"], method.network
+    )
     assert {name.split(".")[0] for name in other} == {"encoder", "head"}
 
 
 def test_the_walk_begins_when_the_settings_say_and_not_before_the_warm_up():
     method = built(propagate_from=0.05)
-    method.losses({"tagged": items(2)}, now(9))
+    method.losses({"tagged": fakes.items(2)}, fakes.now(9))
     assert not method.network.walking
-    method.losses({"tagged": items(2)}, now(10))
+    method.losses({"tagged": fakes.items(2)}, fakes.now(10))
     assert method.network.walking
     late = built(propagate_from=1.0)
-    late.losses({"tagged": items(2)}, now(99))
+    late.losses({"tagged": fakes.items(2)}, fakes.now(99))
     assert not late.network.walking
-
-
-def test_images_without_a_sure_pixel_teach_no_affinity(monkeypatch):
-    method = built()
-    monkeypatch.setattr(method, "labels", lambda view, cam: torch.full((2, SIDE, SIDE), 255))
-    terms = method.losses({"tagged": items(2)}, now(50)).terms
-    assert terms["affinity"].item() == 0 and terms["segmentation"].item() == 0
-
-
-# What learns
 
 
 def test_norms_of_the_encoder_are_frozen():
@@ -194,10 +290,10 @@ def test_norms_of_the_encoder_are_frozen():
     learning = {id(value) for group in groups for value in group["params"]}
     named = dict(method.network.named_parameters())
     norms = {name for name in named if name.startswith("encoder.") and "norm" in name}
-    assert len(norms) == 2 * (2 * LAYOUT.depth + 1)
+    assert len(norms) == 2 * (2 * fakes.LAYOUT.depth + 1)
     assert {name for name, value in named.items() if id(value) not in learning} == norms
     before = {name: named[name].clone() for name in norms}
-    terms = method.losses({"tagged": items(2)}, now(50)).terms
+    terms = method.losses({"tagged": fakes.items(2)}, fakes.now(50)).terms
     sum(terms.values()).backward()
     torch.optim.AdamW([{"params": group["params"]} for group in groups], lr=0.1, weight_decay=0.1).step()
     assert all(torch.equal(named[name], before[name]) for name in norms)
@@ -205,36 +301,16 @@ def test_norms_of_the_encoder_are_frozen():
     assert all(value.requires_grad for value in free.parameters())
 
 
-def test_norms_of_a_convolutional_stem_are_frozen_too():
-    settings = AFASettings()
-    made = AFANetwork(vit("vit-mini"), CLASSES, Head(), settings)
-    AFA(settings, made, views(), recipe(settings))
-    norms = [module for module in made.encoder.modules() if isinstance(module, nn.GroupNorm)]
-    assert norms and not any(value.requires_grad for norm in norms for value in norm.parameters())
-    assert all(v.requires_grad for m in made.encoder.modules() if isinstance(m, nn.Conv2d) for v in m.parameters())
-
-
-def test_the_projection_learns_as_fast_as_heads_and_classifiers():
-    method = built()
-    slow, fast = method.parameter_groups(0.01)
-    assert (slow["lr_factor"], fast["lr_factor"]) == (1.0, 10.0)
-    names = {id(value): name for name, value in method.network.named_parameters()}
-    assert {names[id(value)].split(".")[0] for value in fast["params"]} == {
-        "classifier", "classifier_aux", "head", "projection"
-    }  # fmt: skip
-    assert {names[id(value)].split(".")[0] for value in slow["params"]} == {"encoder"}
-
-
 def test_the_projection_reads_the_heads_of_two_blocks_and_starts_as_released():
     torch.manual_seed(0)
     weights = torch.cat(
-        [AFANetwork(encoder(seed), CLASSES, Head(), AFASettings()).projection.weight.flatten() for seed in range(100)]
+        [
+            AFANetwork(fakes.encoder(seed), CLASSES, Head(), AFASettings()).projection.weight.flatten()
+            for seed in range(100)
+        ]
     )
-    assert len(weights) == 100 * 2 * LAYOUT.heads  # one output channel
+    assert len(weights) == 100 * 2 * fakes.LAYOUT.heads  # one output channel
     assert weights.std().item() == pytest.approx(3**-0.5, rel=0.1)  # gain sqrt(2 / 6) over sqrt(1)
-
-
-# The network
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -258,72 +334,29 @@ def test_affinity_is_that_of_queries_and_keys(seed):
 def test_the_walk_is_on_the_grid_of_the_largest_scale(scales):
     made, x = network(AFASettings(radius=1, power=3)), images()
     cam, walked = made.maps(x, scales, True)
-    expected = cam_oracle(main_cam(made), x, scales)
+    expected = fakes.cam_oracle(fakes.main_cam(made), x, scales)
     torch.testing.assert_close(cam, expected, rtol=1e-4, atol=1e-5)
     side = int(max(scales) * SIDE)
-    affinity, grid = affinity_oracle(made, bilinear(x, (side, side)))
+    affinity, grid = affinity_oracle(made, fakes.bilinear(x, (side, side)))
     assert grid == (side // 4, side // 4)
     torch.testing.assert_close(walked, walk_oracle(expected, affinity, grid, 1, 3), rtol=1e-3, atol=1e-4)
     assert not walked.requires_grad and walked.min() >= 0 and walked.max() <= 1
 
 
-def test_without_a_walk_no_attention_is_asked_for(monkeypatch):
-    made, x, asked = network(), images(), []
-    forward = made.encoder.forward
-    monkeypatch.setattr(made.encoder, "forward", lambda *args, **kw: asked.append(args[1:]) or forward(*args, **kw))
-    cam, same = made.maps(x, SCALES, False)
-    assert same is cam and asked == [((),), ((),)]
-    asked.clear()
-    made.maps(x, SCALES, True)
-    assert asked == [((-2, -1),), ((),)]
-
-
 def test_the_evaluated_cam_walks_once_training_has_walked_it():
     made, x = network(), images()
-    expected = cam_oracle(main_cam(made), x)
+    expected = fakes.cam_oracle(fakes.main_cam(made), x)
     torch.testing.assert_close(made.activation(x, SCALES, TAGS), expected, rtol=1e-4, atol=1e-5)
     made.walking.fill_(True)
     affinity, grid = affinity_oracle(made, x)
     torch.testing.assert_close(
         made.activation(x, SCALES, TAGS), walk_oracle(expected, affinity, grid, 2), rtol=1e-3, atol=1e-4
     )
-    torch.testing.assert_close(made.both_cams(x, SCALES)[1], cam_oracle(aux_cam(made), x), rtol=1e-4, atol=1e-5)
-
-
-def test_whether_the_cam_walks_is_saved_and_copied():
-    method = built()
-    method.losses({"tagged": items(2)}, now(50))
-    again = built()
-    again.load_state_dict(method.state_dict())
-    assert again.network.walking
-    other = built()
-    teacher = Ema(other.network, 0.5)
-    other.losses({"tagged": items(2)}, now(50))
-    assert not teacher.network.walking
-    teacher.update()
-    assert teacher.network.walking
-
-
-@pytest.mark.parametrize("radius", [0, 100])
-def test_extreme_radii(radius):
-    """A radius of 0 changes the map only by resizing it to the patch grid and back; a huge one takes all patches."""
-    made, x = network(AFASettings(radius=radius)), images()
-    cam, walked = made.maps(x, SCALES, True)
-    if radius == 0:
-        torch.testing.assert_close(walked, bilinear(bilinear(cam, (4, 4)), (SIDE, SIDE)))
-    else:
-        affinity, grid = affinity_oracle(made, x)
-        torch.testing.assert_close(walked, walk_oracle(cam, affinity, grid, 4), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        made.both_cams(x, SCALES)[1], fakes.cam_oracle(fakes.aux_cam(made), x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_an_encoder_without_attention_at_its_end_is_refused():
     with pytest.raises(ValueError, match="attention of the last 2 blocks"):
         network(value_only=True)
-
-
-def test_settings_are_checked_and_the_method_has_its_name():
-    assert METHODS["afa"] is AFA and AFA.Settings is AFASettings
-    with pytest.raises(SettingError, match="radius is -1"):
-        AFASettings(radius=-1)
-    with pytest.raises(SettingError, match="propagate_from is 2"):
-        AFASettings(propagate_from=2)

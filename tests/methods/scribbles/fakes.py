@@ -1,5 +1,6 @@
 """Small stand-ins for the scribble methods: a network of single pixels, smooth images and short scribbles."""
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -63,3 +64,17 @@ def surprise(logits, labels):
         scores = logits[b, :, i, j].double()
         found[b, i, j] = scores.exp().sum().log() - scores[int(labels[b, i, j])]
     return found
+
+
+def edges(image, roi, neighbours=8):
+    """(p, q, w_pq) inside the region of interest, by loops."""
+    height, width = roi.shape
+    pairs = [
+        ((i, j), (i + down, j + right), math.hypot(down, right))
+        for down, right in [(0, 1), (1, 0), (1, 1), (-1, 1)][: neighbours // 2]
+        for i in range(height) for j in range(width)
+        if 0 <= i + down < height and j + right < width and roi[i, j] and roi[i + down, j + right]
+    ]  # fmt: skip
+    gaps = [((image[:, *p] - image[:, *q]) ** 2).sum().item() for p, q, _ in pairs]
+    variance = sum(gaps) / len(gaps)
+    return [(p, q, math.exp(-gap / 2 / variance) / far) for gap, (p, q, far) in zip(gaps, pairs, strict=True)]

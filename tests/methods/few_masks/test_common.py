@@ -1,6 +1,7 @@
-"""Losses: against torch on the kept pixels, sorting by brute force for OHEM, and sums by hand."""
+"""Losses against torch, sorting and sums by hand; streams, learning rates, crops and fixed-threshold targets."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,23 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from torch import nn
 
-from repro.methods.few_masks.common import LABELLED, OHEM_KEPT, cross_entropy, ohem, weighted_cross_entropy
+from repro.data.mask_views import MaskViews
+from repro.methods.few_masks import METHODS
+from repro.methods.few_masks.common import (
+    LABELLED,
+    OHEM_KEPT,
+    cross_entropy,
+    detached,
+    ohem,
+    threshold_targets,
+    weighted_cross_entropy,
+)
+from repro.methods.few_masks.unimatch import FixMatch
+from repro.models.deeplab import deeplab
+from repro.train import IndexStream, Items, hash_seed
+from tests.methods.few_masks import fakes
 
 
 def maps(seed, classes=4, size=(2, 5, 7), unknown=0.3):
@@ -52,17 +68,12 @@ def test_cross_entropy_is_torchs_on_the_known_pixels(seed, classes):
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
 
 
-def test_cross_entropy_by_hand():
-    logits = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0], [0.0, 0.0], [9.0, -9.0]]).T.reshape(1, 2, 2, 2)
-    labels = torch.tensor([[[1, 1], [0, 255]]], dtype=torch.uint8)  # probabilities 3/4, 1/4, 1/2
-    expected = -(math.log(3 / 4) + math.log(1 / 4) + math.log(1 / 2)) / 3
-    assert cross_entropy(logits, labels).item() == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize("loss", LABELLED.values(), ids=LABELLED)
 def test_without_a_label_the_loss_and_its_gradient_are_zero(loss):
     logits, labels = maps(0, unknown=1.1)
     logits = (1e4 * logits).requires_grad_()
+    nothing = torch.zeros(labels.shape)
+    assert weighted_cross_entropy(logits, torch.zeros_like(labels).long(), nothing, nothing.bool()).item() == 0
     value = loss(logits, labels)
     assert value.item() == 0
     assert torch.equal(torch.autograd.grad(value, logits)[0], torch.zeros_like(logits))
@@ -83,15 +94,11 @@ def test_half_precision_is_widened_before_anything_is_computed(loss, dtype):
 
 
 @given(st.integers(0, 1000), st.floats(0, 1), st.integers(1, 80))
-def test_ohem_is_the_mean_of_the_hardest(seed, threshold, kept):
+def test_ohem_is_the_mean_of_the_hardest_and_ties_count_together(seed, threshold, kept):
+    """Random pixels, then pixels drawn from five: many are equal, and equal ones are in or out together."""
     logits, labels = maps(seed, unknown=seed % 4 / 3)
     value = ohem(logits, labels, threshold, kept).item()
     assert value == pytest.approx(sorted_ohem(logits, labels, threshold, kept), rel=1e-5)
-
-
-@given(st.integers(0, 1000), st.floats(0, 1), st.integers(1, 40))
-def test_ties_at_the_limit_count_together(seed, threshold, kept):
-    """Pixels drawn from five: many are equal, and equal ones are in or out together."""
     rng = np.random.default_rng(seed)
     table, classes = torch.tensor(rng.normal(0, 2, (5, 3)), dtype=torch.float32), torch.tensor([0, 1, 2, 1, 255])
     drawn = torch.tensor(rng.integers(5, size=(2, 4, 4)))
@@ -138,14 +145,6 @@ def test_fewer_labels_than_are_kept_count_all_however_easy(unknown):
         torch.testing.assert_close(ohem(logits, labels, 0.1, kept), cross_entropy(logits, labels))
 
 
-def test_published_numbers_keep_200_000_of_more():
-    logits, labels = maps(3, classes=3, size=(1, 520, 520), unknown=0.1)
-    logits = logits + 8 * F.one_hot(labels.long().clamp(max=2), 3).permute(0, 3, 1, 2)
-    value, every = ohem(logits, labels).item(), cross_entropy(logits, labels).item()
-    assert value == pytest.approx(sorted_ohem(logits, labels, 0.7, 200_000), rel=1e-4)
-    assert value == pytest.approx(every * (labels != 255).sum().item() / 200_000, rel=0.01)  # the easy ones add little
-
-
 def test_only_hard_pixels_have_a_gradient():
     logits, labels = pixels(0.9, 0.1, 0.8, 0.3)
     logits.requires_grad_()
@@ -183,9 +182,73 @@ def test_weighted_cross_entropy_is_a_sum_over_pixels(seed):
     assert torch.equal(gradient.abs().sum(1) > 0, weight > 0)
 
 
-def test_nothing_valid_costs_nothing():
-    logits, labels = maps(4)
-    logits.requires_grad_()
-    nothing = torch.zeros(labels.shape)
-    value = weighted_cross_entropy(logits, torch.zeros_like(labels).long(), nothing, nothing.bool())
-    assert value.item() == 0 and not torch.autograd.grad(value, logits)[0].any()
+# Streams, learning rates, crops
+
+
+RECIPE = SimpleNamespace(batch=4, unlabelled_ratio=1)
+
+
+def test_mix_draws_the_unlabelled_images_in_another_order():
+    pool = SimpleNamespace(labelled=torch.tensor([2, 7]), unlabelled=torch.tensor([0, 1, 3, 4, 5, 6]))
+    streams = fakes.build(FixMatch).streams(pool, RECIPE)
+    assert list(streams) == ["labelled", "unlabelled", "mix"]
+    assert [(indices.tolist(), batch) for indices, batch in streams.values()] == [
+        ([2, 7], 4), ([0, 1, 3, 4, 5, 6], 4), ([0, 1, 3, 4, 5, 6], 4),
+    ]  # fmt: skip
+    drawn = {
+        name: torch.cat([IndexStream(*streams[name], hash_seed(0, 0, name)).next() for _ in range(3)])
+        for name in ("unlabelled", "mix")
+    }
+    assert not torch.equal(drawn["unlabelled"], drawn["mix"])
+    assert fakes.build(FixMatch).streams(pool, SimpleNamespace(batch=4, unlabelled_ratio=2))["mix"][1] == 8
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_backbone_and_head_are_trained_at_their_own_rates(method):
+    network = deeplab("resnet-mini", 4, 8)
+    built = method(method.Settings(), network, None, 4, cross_entropy, 7.5)
+    backbone, head = built.parameter_groups(1e-4)
+    names = {id(p): name for name, p in network.named_parameters()}
+    assert {names[id(p)] for p in backbone["params"]} == {n for n in names.values() if n.startswith("backbone.")}
+    assert {names[id(p)] for p in head["params"]} == {n for n in names.values() if not n.startswith("backbone.")}
+    assert len(backbone["params"]) + len(head["params"]) == len(names)
+    assert (backbone["lr_factor"], head["lr_factor"]) == (1.0, 7.5)
+    assert backbone["weight_decay"] == head["weight_decay"] == 1e-4  # on batch norms and biases too
+
+
+def test_void_of_hidden_masks_stays_valid_and_only_padding_does_not():
+    """Real views: 255 is ignored by the labelled loss, but just what lies beyond the image, or 254, is padding."""
+    images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.full((4, 16, 16), 255, dtype=torch.uint8)
+    labels[:, 12:] = 254  # what a loader padded
+    method = FixMatch(FixMatch.Settings(), nn.Identity(), MaskViews(16, (1, 1), flip=False), 3, cross_entropy)
+    (crop,) = method.crops({"unlabelled": Items(torch.arange(4), images, labels)})
+    assert torch.equal(crop.padding, labels == 254) and (crop.masks == 255).all()
+    assert torch.equal(crop.images, images)
+    shrunk = FixMatch(FixMatch.Settings(), nn.Identity(), MaskViews(16, (0.5, 0.5), flip=False), 3, cross_entropy)
+    (crop,) = shrunk.crops({"unlabelled": Items(torch.arange(4), images, torch.full_like(labels, 255))})
+    inside = torch.zeros(4, 16, 16, dtype=torch.bool)
+    inside[:, :8, :8] = True
+    assert torch.equal(~crop.padding, inside) and not crop.images[:, :, 8:].any() and not crop.images[..., 8:].any()
+
+
+def test_a_threshold_is_reached_at_equality_and_padding_never_counts():
+    logits = torch.zeros(1, 4, 2, 2)  # a probability of exactly 1/4 everywhere
+    logits[0, 2, 0, 1] = 5.0
+    padding = torch.tensor([[[False, True], [False, False]]])
+    for threshold, chosen in ((0.0, True), (0.25, True), (0.2500001, False)):
+        found = threshold_targets(logits, padding, threshold)
+        assert found.weight.flatten().tolist() == [chosen, False, chosen, chosen] and found.weight.dtype == torch.bool
+    assert found.label.tolist() == [[[0, 2], [0, 0]]] and torch.equal(found.valid, ~padding)
+    assert found.confidence[0, 0, 1].item() == pytest.approx(torch.tensor([0.0, 0, 5, 0]).softmax(0)[2].item())
+
+
+def test_detached_logits_keep_the_networks_mode():
+    network = fakes.TinyNetwork().train()
+    x = torch.rand(3, 3, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = detached(network, x)
+    assert logits.dtype == torch.float32 and not logits.requires_grad and network.training
+    assert network.backbone[1].num_batches_tracked == 1
+    network.eval()
+    torch.testing.assert_close(detached(network, x), network(x).detach())

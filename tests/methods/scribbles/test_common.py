@@ -1,20 +1,34 @@
-"""Losses against closed forms, torch's cross-entropy, loops, and at the ends of epsilon."""
+"""Losses against closed forms and torch, settings by scribble length, stages and learning rates, one start for all."""
 
 import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from repro.data.mask_views import normalise
+from repro.methods.scribbles import METHODS, settings_for
 from repro.methods.scribbles.common import (
+    PUBLISHED,
+    Tuned,
     outlier_model,
     partial_cross_entropy,
     pixel_loss,
     proposal_losses,
     rescaled_epsilon,
     robust_surprise,
+    tuned_for,
 )
+from repro.models.deeplab import deeplab
+from repro.settings import SettingError, replace
+from repro.solvers.cuts import SolverSettings
+from repro.train import seed_everything, train
+from tests.methods.scribbles import fakes
+from tests.methods.scribbles.fakes import FIRST, START, build
+from tests.test_train import ToyRecipe
 
 
 def sample(seed=0, batch=2, classes=4, side=5, scale=3.0, dtype=torch.float64):
@@ -62,15 +76,6 @@ def test_the_model_of_published_values(epsilon, a, b, slope, span):
     assert found[1] / found[0] == pytest.approx(slope, abs=5e-5)
     ends = robust_surprise(torch.tensor([-200.0, 0.0], dtype=torch.float64), epsilon, 21)
     assert (ends[0] - ends[1]).item() == pytest.approx(span, abs=5e-5)
-
-
-@pytest.mark.parametrize("classes", [2, 3, 6, 21])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99, 1.0])
-def test_the_model_is_a_distribution_over_labels(classes, share):
-    a, b = outlier_model(share * ((classes - 1) / classes), classes)
-    probs = torch.randn(classes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(0)
-    assert (a + b * probs).sum().item() == pytest.approx(1) and a >= 0 and b >= 0
-    assert b == (1 if share == 0 else 0) if share in (0.0, 1.0) else 0 < b < 1
 
 
 def test_epsilon_of_other_numbers_of_classes_keeps_the_slope():
@@ -162,21 +167,6 @@ def test_half_precision_and_confident_errors_stay_finite(dtype, epsilon):
     assert gradient.isfinite().all() and gradient.dtype == dtype
 
 
-def test_a_confident_network_ignores_a_contradicting_proposal():
-    """Redescending: the gradient rises and falls again with the margin, where cross-entropy's stays."""
-    margin = torch.tensor([0.0, 4.0, 30.0, 300.0])
-    logits = torch.zeros(1, 2, 1, 4)
-    logits[0, 1, 0] = margin
-    logits.requires_grad_()
-    labels = torch.zeros(1, 1, 4, dtype=torch.uint8)
-    robust, plain = (
-        torch.autograd.grad(pixel_loss(logits.log_softmax(1), labels, e).sum(), logits)[0][0, 0, 0].abs()
-        for e in (0.2, 0.0)
-    )
-    assert robust[0] > robust[1] > robust[2] and robust[2] < 1e-11 and robust[3] == 0
-    assert (plain.diff() >= 0).all() and plain[3] == 1
-
-
 def test_soft_proposals_are_label_smoothing():
     logits, _, labels = sample()
     log_probs = logits.log_softmax(1)
@@ -235,3 +225,161 @@ def test_without_a_seed_nothing_is_learnt_and_nothing_is_nan():
     ignored = torch.full_like(proposals, 255)
     seeds, others = proposal_losses(logits, scribbles, ignored, 0.6)
     assert others.item() == 0 and seeds.item() > 0
+
+
+# Settings by scribble length
+
+
+def test_the_table_is_the_readmes():
+    assert {length: (tuned.epsilon, tuned.gamma) for length, tuned in PUBLISHED.items()} == {
+        1.0: (0.9440, 0.05), 0.8: (0.9460, 0.075), 0.5: (0.9514, 0.1), 0.3: (0.9516, 0.1), 0.0: (0.9522, 0.1),
+    }  # fmt: skip
+    assert all(tuned_for(length) == tuned for length, tuned in PUBLISHED.items())
+
+
+def test_other_classes_keep_slope_and_gamma():
+    for length, tuned in PUBLISHED.items():
+        a, b = outlier_model(tuned.epsilon, 21)
+        found = tuned_for(length, 6)
+        slope = (lambda a, b: b / a)(*outlier_model(found.epsilon, 6))
+        assert slope == pytest.approx(b / a) and found.gamma == tuned.gamma
+    assert tuned_for(1, 4) == Tuned(pytest.approx(0.7166, abs=5e-5), 0.05)
+
+
+def test_lengths_between_are_refused():
+    with pytest.raises(ValueError, match="length is 0.6; published values are for 0, 0.3, 0.5, 0.8, 1"):
+        tuned_for(0.6)
+
+
+def test_settings_of_each_method():
+    assert list(METHODS) == [
+        "partial_ce", "dense_gd", "grid_gd", "adm", "trust_region", "robust_trust_region", "full",
+    ]  # fmt: skip
+    for name, method in METHODS.items():
+        published = settings_for(name, 1.0)
+        assert published == method.Settings() and type(published) is method.Settings, name
+    plain, robust = (settings_for(name, 0.3, 6) for name in ("trust_region", "robust_trust_region"))
+    assert (plain.epsilon, plain.gamma, robust.gamma) == (0.0, 0.1, 0.1)
+    assert robust.epsilon == tuned_for(0.3, 6).epsilon
+    assert replace(plain, epsilon=robust.epsilon).solver == robust.solver
+    assert settings_for("adm", 0.6) == METHODS["adm"].Settings()
+    with pytest.raises(ValueError, match="length is 0.6"):
+        settings_for("trust_region", 0.6)
+
+
+def test_published_defaults_of_stage_a_reach_the_solver():
+    assert METHODS["trust_region"].Settings().solver == SolverSettings(100.0, 0.05, 5, True, 1, "scipy")
+    changed = METHODS["trust_region"].Settings(
+        potts_weight=3.0, gamma=0.2, sweeps=2, restricted=False, downscale=2, back_end="ortools"
+    )
+    assert changed.solver == SolverSettings(3.0, 0.2, 2, False, 2, "ortools")
+
+
+def test_an_epsilon_of_other_classes_is_refused():
+    method = METHODS["robust_trust_region"]
+    with pytest.raises(SettingError, match="epsilon is 0.944; with 3 classes"):
+        method(method.Settings(), fakes.TinyNetwork(), fakes.views(), 3, fakes.options(), (5, 10, 10))
+
+
+# Stages, learning rates, views
+
+
+every = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+REGULARISED = [name for name in METHODS if name not in ("partial_ce", "full")]
+
+
+@every
+def test_all_methods_have_one_budget(method):
+    built = build(method)
+    assert built.stages(7) == [START, 7] and not built.is_second(0) and built.is_second(1)
+    alone = build(method, recipe=fakes.options(start_steps=0))
+    assert alone.stages(7) == [7] and alone.is_second(0)
+    streams = built.streams(fakes.pool(), SimpleNamespace(batch=3))
+    masks = method is METHODS["full"]
+    assert [(name, index.tolist(), size) for name, (index, size) in streams.items()] == [
+        ("masks" if masks else "scribbles", [0, 1, 2, 3, 4], 3)
+    ]
+    assert method.supervision == ("masks" if masks else "scribbles")
+
+
+@every
+def test_learning_rates_of_backbone_head_and_second_stage(method):
+    network = deeplab("resnet-mini", fakes.CLASSES, 8)
+    built = build(method, network, rate=0.25)
+    names = {id(p): name for name, p in network.named_parameters()}
+    for stage, factors in ((0, [1.0, 10.0]), (1, [0.25, 2.5])):
+        built.begin_stage(stage, None)
+        backbone, head = built.parameter_groups(1e-4)
+        assert [backbone["lr_factor"], head["lr_factor"]] == factors
+        assert backbone["weight_decay"] == head["weight_decay"] == 1e-4
+        assert {names[id(p)] for p in backbone["params"]} == {n for n in names.values() if n.startswith("backbone.")}
+        assert len(backbone["params"]) + len(head["params"]) == len(names)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+def test_the_first_stage_is_partial_cross_entropy_alone(name):
+    built, sample = build(METHODS[name]), fakes.items()
+    losses = built.losses({"scribbles": sample}, FIRST)
+    crop = fakes.again(sample)
+    expected = partial_cross_entropy(fakes.TinyNetwork()(built.views.weak(crop)), crop.masks)
+    assert list(losses.terms) == ["seeds"] and losses.pseudo == {}
+    # black padding would be another input
+    padded = normalise(crop.images, built.views.mean, built.views.std).masked_fill(crop.padding[:, None], 0)
+    assert crop.padding.any() and torch.equal(built.network.passes[0][0], padded)
+    again = partial_cross_entropy(fakes.TinyNetwork()(padded), crop.masks)
+    assert losses.terms["seeds"].item() == again.item() != expected.item()
+
+
+def test_blur_is_the_views_own_and_changes_no_place():
+    sample = fakes.items((0, 1, 2, 3, 4) * 4)
+    built = build(METHODS["partial_ce"], recipe=fakes.options(blur=True))
+    found = built.view(sample)
+    other = fakes.views()
+    crop = other.crop(sample.images, sample.labels)
+    expected = other.strong(crop).masked_fill(crop.padding[:, None], 0)
+    assert torch.equal(found.x, expected) and torch.equal(found.crop.masks, crop.masks)
+    assert torch.equal(found.roi, ~crop.padding)
+    weak = build(METHODS["partial_ce"]).view(sample).x
+    changed = ((found.x - weak).abs().amax((1, 2, 3)) > 1e-4).sum().item()
+    assert 3 < changed < 17  # each of 20 with probability 1/2
+
+
+@dataclass(frozen=True)
+class Short(ToyRecipe):
+    batch: int = 3
+    steps: int = 6
+    epoch_steps: int = 3
+    schedule: str = "poly-0.9"
+    ema: float = 0.0
+    lr: float = 0.02
+    eval_every: int = 2
+    log_every: int = 1
+    checkpoint_every: int = 1000
+
+
+def trained(folder, name, **changes):
+    """A run of 4 + 6 steps; returns its history and the seed terms of each step."""
+    seed_everything(5)
+    built = build(METHODS[name], **changes)
+    generators = {"views": built.views.generator}
+    evaluate = lambda net: {"sum": sum(p.double().sum().item() for p in net.parameters())}  # noqa: E731
+    _, history = train(built, fakes.pool(), Short(), folder, seed=5, evaluate=evaluate, generators=generators)
+    return built, history
+
+
+def test_every_method_starts_from_the_same_partial_cross_entropy(tmp_path):
+    runs = {name: trained(tmp_path / name, name)[1] for name in METHODS if name != "full"}
+
+    def seen(name, upto):
+        rows = [row["live"]["sum"] for row in runs[name].of("evaluation") if row["step"] <= upto]
+        return rows + [row["terms"]["seeds"] for row in runs[name].of("train") if row["step"] <= upto]
+
+    for name in REGULARISED:
+        assert seen(name, START) == seen("partial_ce", START) and len(seen(name, START)) == START + 2
+        assert seen(name, 10) != seen("partial_ce", 10), name
+        assert [row["stage"] for row in runs[name].of("train")] == [0] * START + [1] * 6
+    factors = {name: METHODS[name].Settings().rate for name in runs}
+    for name, history in runs.items():
+        rows = history.of("train")
+        assert [row["lr"] for row in rows][:2] == pytest.approx([0.02, 0.02 * 0.75**0.9])
+        assert rows[START]["lr"] == pytest.approx(0.02 * factors[name])  # a fresh schedule
