@@ -198,7 +198,7 @@ def draw_window(
     scale: the long side is an integer drawn uniformly from int(scale * long side), both ends included
     Source: UniMatch's released code.
     """
-    new_height, new_width, top, left = place(draws, height, width, size, scale)
+    new_height, new_width, top, left = placement(draws, height, width, size, scale)
     output = torch.arange(size, device=draws.device)
     across = torch.where((draws[3] < 0.5)[:, None] & flip, size - 1 - output, output) + left[:, None]
     down = output + top[:, None]
@@ -208,7 +208,7 @@ def draw_window(
     return Window(row, column, row_weights, column_weights, outside)
 
 
-def place(
+def placement(
     draws: Tensor, height: int, width: int, size: int, scale: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Extent of the scaled images and the corner of the crops: height, width, top, left, (B,) int64 each.

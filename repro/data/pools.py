@@ -23,7 +23,7 @@ from torch import Tensor
 from repro.arrays import Items
 from repro.data.catalogue import DataError
 from repro.data.folders import CLASSIC, MaskFolder, names_in
-from repro.data.mask_views import PADDING, place
+from repro.data.mask_views import PADDING, placement
 from repro.data.masks import IGNORE, choose, show_tags
 
 
@@ -73,7 +73,7 @@ class FolderPool:
     def _crop(self, index: int, shown: bool, draws: Tensor) -> tuple[Tensor, Tensor]:
         picture = self.folder.image(index)
         width, height = picture.size
-        placed = place(draws[:, None], height, width, self.crop, self.scale)
+        placed = placement(draws[:, None], height, width, self.crop, self.scale)
         new_height, new_width, top, left = (value.item() for value in placed)
         down, across = min(self.crop, new_height), min(self.crop, new_width)
         # Only the crop is resampled, by the filter that would have resized the whole image.

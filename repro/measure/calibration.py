@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repro.measure.reliability import Bins as Bins
 from repro.measure.reliability import ReliabilitySums as ReliabilitySums
-from repro.measure.reliability import bin_index, check_range, group_sums, reliability, wide
+from repro.measure.reliability import bin_index, check_range, float64, group_sums, reliability
 
 
 def top_label(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def classwise_ece(probs: Tensor, labels: Tensor, bins: int = 15, closing: str = 
     check_probs(probs, labels)
     classes = probs.shape[1]
     slots = torch.arange(classes, device=probs.device) * (bins + 1) + bin_index(probs, bins, closing) + 1
-    gaps = wide(probs) - one_hot(labels, classes)
+    gaps = float64(probs) - one_hot(labels, classes)
     sums = group_sums(slots.flatten(), classes * (bins + 1), gaps.flatten()).view(classes, bins + 1)[:, 1:]
     return sums.abs().sum() / probs.numel()
 
@@ -68,13 +68,13 @@ def nll(probs: Tensor, labels: Tensor) -> Tensor:
     """
     check_probs(probs, labels)
     floor = torch.finfo(probs.dtype).tiny
-    return -wide(probs).gather(1, labels[:, None]).clamp_min(floor).log().mean()
+    return -float64(probs).gather(1, labels[:, None]).clamp_min(floor).log().mean()
 
 
 def brier(probs: Tensor, labels: Tensor) -> Tensor:
     """Brier score in [0, 2]: squared error summed over classes, mean over samples (Brier, 1950)."""
     check_probs(probs, labels)
-    return (wide(probs) - one_hot(labels, probs.shape[1])).square().sum(1).mean()
+    return (float64(probs) - one_hot(labels, probs.shape[1])).square().sum(1).mean()
 
 
 def bootstrap_interval(
@@ -124,7 +124,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, low: float = 0.01, high: flo
         raise ValueError("logits hold NaN or infinity; a temperature needs finite logits")
     if not 0 < low < high:
         raise ValueError(f"the bracket is [{low}, {high}]; it needs 0 < low < high")
-    z = wide(logits)
+    z = float64(logits)
     z = z - z.gather(1, labels[:, None])  # the loss is logsumexp(z / T), with the label's logit at 0
 
     def slope_and_curvature(log_t: float) -> tuple[float, float]:
@@ -164,8 +164,8 @@ def all_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | list[float |
     classes = probs.shape[1]
     hits, counts = group_sums(labels, classes, correct, torch.ones_like(correct))
     scalars = {
-        "accuracy": wide(correct).mean(),
-        "error": 1 - wide(correct).mean(),
+        "accuracy": float64(correct).mean(),
+        "error": 1 - float64(correct).mean(),
         "ece_15": ece(confidence, correct, 15),
         "ece_10_left": ece(confidence, correct, 10, "left"),
         "adaptive_ece_15": adaptive_ece(confidence, correct, 15),
@@ -181,7 +181,7 @@ def all_metrics(probs: Tensor, labels: Tensor) -> dict[str, float | list[float |
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Outcomes (n, K), 1 at the label."""
-    return wide(labels[:, None] == torch.arange(classes, device=labels.device))
+    return float64(labels[:, None] == torch.arange(classes, device=labels.device))
 
 
 def check_shapes(scores: Tensor, labels: Tensor) -> None:

@@ -39,7 +39,7 @@ class Bins:
     @property
     def share(self) -> Tensor:
         """Fraction of `total` in each bin (M,)."""
-        return wide(self.count) / self.total
+        return float64(self.count) / self.total
 
     @property
     def ece(self) -> Tensor:
@@ -73,8 +73,8 @@ def reliability(
     elif spacing == "mass":
         index = mass_index(confidence, bins)
         empty = torch.full_like(edges[1:], math.nan)
-        lower = empty.scatter_reduce(0, index, wide(confidence), "amin", include_self=False)
-        upper = empty.scatter_reduce(0, index, wide(confidence), "amax", include_self=False)
+        lower = empty.scatter_reduce(0, index, float64(confidence), "amin", include_self=False)
+        upper = empty.scatter_reduce(0, index, float64(confidence), "amax", include_self=False)
     else:
         raise ValueError(f"spacing is {spacing!r}; it must be 'width' or 'mass'")
     ones = torch.ones_like(confidence)
@@ -104,8 +104,8 @@ class ReliabilitySums(nn.Module):
         confidence: (B,) in [0, 1]; correct: (B,) bool; weight_mask: (B,) bool, or weights >= 0.
         """
         slot = bin_index(confidence, self.bins, self.closing) + 1
-        weight = wide(weight_mask)
-        self.sums += group_sums(slot, self.bins + 1, weight, weight * wide(confidence), weight * wide(correct))
+        weight = float64(weight_mask)
+        self.sums += group_sums(slot, self.bins + 1, weight, weight * float64(confidence), weight * float64(correct))
         self.offered += confidence.numel()
 
     def read(self) -> dict[str, float | None]:
@@ -132,7 +132,7 @@ def bin_edges(bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The M + 1 edges k/M, rounded to `dtype`."""
     if bins < 1:
         raise ValueError(f"bins is {bins}; it must be at least 1")
-    return wide((wide(torch.arange(bins + 1, device=device)) / bins).to(dtype))
+    return float64((float64(torch.arange(bins + 1, device=device)) / bins).to(dtype))
 
 
 def bin_index(confidence: Tensor, bins: int, closing: str) -> Tensor:
@@ -140,7 +140,7 @@ def bin_index(confidence: Tensor, bins: int, closing: str) -> Tensor:
     if closing not in CLOSINGS:
         raise ValueError(f"closing is {closing!r}; it must be 'right' or 'left'")
     inner = bin_edges(bins, confidence.dtype, confidence.device)[1:-1]
-    index = torch.bucketize(wide(confidence), inner, right=closing == "left")
+    index = torch.bucketize(float64(confidence), inner, right=closing == "left")
     return torch.where(confidence > 0, index, -1) if closing == "right" else index
 
 
@@ -153,12 +153,12 @@ def mass_index(confidence: Tensor, bins: int) -> Tensor:
 
 def group_sums(group: Tensor, size: int, *values: Tensor) -> Tensor:
     """Sums (len(values), size) of each (n,) of `values` over the samples of every group 0 ... size - 1."""
-    stacked = torch.stack([wide(value) for value in values])
+    stacked = torch.stack([float64(value) for value in values])
     return stacked.new_zeros(len(values), size).index_add_(1, group, stacked)
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in the widest floating type of its device."""
+def float64(x: Tensor) -> Tensor:
+    """x in float64, or in float32 on devices that have no float64."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repro.arrays import at_least_float32
 from repro.data.mask_views import hide, paste
-from repro.measure.reliability import wide
+from repro.measure.reliability import float64
 from repro.methods.few_masks.common import MaskMethod, PixelTargets, detached, threshold_targets, weighted_cross_entropy
 from repro.models.modes import held_statistics
 from repro.settings import check, hyper
@@ -119,7 +119,7 @@ def cone(cc: Tensor, cr: Tensor, rr: Tensor) -> tuple[Tensor, Tensor]:
 def outside(confidence: Tensor, residual: Tensor, valid: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Which pixels (B, N) are valid and have r / c outside [low, high], both (B,)."""
     middle, half = ((low + high) / 2)[:, None], ((high - low) / 2)[:, None]  # NaN and inf where nothing is outside
-    slope = wide(residual) / wide(confidence)
+    slope = float64(residual) / float64(confidence)
     return (slope.sub_(middle).abs_() > half).logical_and_(valid)
 
 
@@ -137,7 +137,7 @@ def reliable_statistics(confidence: Tensor, residual: Tensor, cluster: Tensor, v
 
     def moments(x: Tensor, nothing: float) -> tuple[Tensor, Tensor]:
         mean = mean_over(member, x)
-        variance = masked(wide(x) - mean[:, None], member).square().sum(1) / freedom
+        variance = masked(float64(x) - mean[:, None], member).square().sum(1) / freedom
         return torch.where(filled, mean, nothing), torch.where(filled, variance, 1.0)
 
     (mean_c, var_c), (mean_r, var_r) = moments(c, 1.0), moments(r, 0.0)
@@ -164,7 +164,7 @@ def pixel_weights(
     Raises ValueError for unknown names. Source: released code.
     """
     known("form", form, FORMS), known("rule", rule, RULES), known("features", features, FEATURES)
-    c, r = wide(confidence), wide(residual)
+    c, r = float64(confidence), float64(residual)
     mean_c, mean_r, var_c, var_r = (value[:, None, None] for value in vars(reliable).values())
     z_c = (c - mean_c) / (var_c + eps).sqrt()
     z_r = (mean_r - r if form == "released" else r - mean_r) / (var_r + eps).sqrt()
@@ -211,7 +211,7 @@ def image_weights(
 
 def masked(x: Tensor, valid: Tensor) -> Tensor:
     """x in the widest floating type of its device, 0 where not valid. Shapes alike."""
-    return wide(torch.where(valid, x, 0))
+    return float64(torch.where(valid, x, 0))
 
 
 def mean_over(member: Tensor, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from repro.arrays import IGNORE, Items, at_least_float32
 from repro.cam import bilinear
-from repro.measure.reliability import wide
+from repro.measure.reliability import float64
 from repro.methods.image_tags.common import TagMethod, Trunk, View, balanced_cross_entropy, patch_contrast, tag_terms
 from repro.settings import check, hyper
 from repro.train import Losses, Now
@@ -79,7 +79,7 @@ def noisy_labels(
     fitted = (labels != 0) & (labels != IGNORE) & (values > floor)
     mixture, split = fit_mixture(values, fitted)
     applies = split & (fitted.sum(1) > least) & (mixture.means[:, 1] - mixture.means[:, 0] > gap)
-    upper = component_logs(wide(values), mixture).softmax(1)[:, 1]
+    upper = component_logs(float64(values), mixture).softmax(1)[:, 1]
     return ((upper > certainty) & (labels != 0) & applies[:, None]).view(loss.shape)
 
 
@@ -96,7 +96,7 @@ def fit_mixture(
     sorted values with the smallest squared error, where scikit-learn's k-means from a random start mostly ends.
     """
     count = used.sum(1, keepdim=True)
-    x = wide(values.masked_fill(~used, 0))
+    x = float64(values.masked_fill(~used, 0))
     upper = x > two_means(x, used)[:, None]
     split = (upper & used).any(1) & (~upper & used).any(1)
     mixture = moments(x, torch.stack([~upper & used, upper & used], 1).to(x.dtype), count, ridge)
