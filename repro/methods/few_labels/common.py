@@ -59,7 +59,7 @@ class WeakToStrong(FewLabels):
 
         weak_logits: (U, K), without gradient; strong_logits: (U, K). State moves by assigning buffers.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define unlabelled()")
 
     def losses(self, batch: dict[str, Items], now: Now) -> Losses:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
